@@ -1,0 +1,1 @@
+"""Pictures and captions in, WebDataset shards and batches out; knows nothing of models."""

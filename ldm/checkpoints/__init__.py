@@ -1,0 +1,1 @@
+"""Models and training state on disk: safetensors and JSON, committed whole or not at all."""

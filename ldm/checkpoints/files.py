@@ -1,0 +1,139 @@
+"""Folders of safetensors and JSON that appear whole or not at all, and say when they were altered."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def commit(folder: Path) -> Iterator[Path]:
+    """A staging folder to fill; when the block ends it becomes `folder` by one rename.
+
+    Every file is flushed to disk, then a manifest of sizes and sha256 is written last. If anything
+    fails, nothing remains. A folder that stands there already is replaced only at the rename.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = folder.parent / f".tmp-{folder.name}"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    try:
+        yield stage
+        files = sorted(p for p in stage.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(stage)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+        write_json(stage / MANIFEST, manifest)
+        for path in [*files, stage / MANIFEST, *(p for p in stage.rglob("*") if p.is_dir()), stage]:
+            _fsync(path)
+        remove(folder)
+        stage.rename(folder)
+        _fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder so that a crash on the way leaves no half of it under its own name."""
+    if folder.exists():
+        doomed = folder.parent / f".del-{folder.name}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def verify(folder: Path) -> None:
+    """Raise ValueError, naming the file, if `folder` is not exactly what was committed."""
+    manifest_path = folder / MANIFEST
+    if not manifest_path.is_file():
+        raise ValueError(f"{folder} is incomplete: it has no {MANIFEST}")
+    manifest = read_json(manifest_path)
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{manifest_path} is damaged: it does not hold a table of files")
+    for name, entry in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder} is incomplete: {name} is missing")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise ValueError(f"{path} is truncated or altered: {size} bytes instead of {entry['bytes']}")
+        if sha256(path) != entry["sha256"]:
+            raise ValueError(f"{path} is altered: its sha256 is not the one recorded when it was saved")
+
+
+def steps(checkpoints: Path) -> list[Path]:
+    """The step folders of a run, oldest first."""
+    return sorted(p for p in checkpoints.glob("step-*") if p.is_dir())
+
+
+def newest_valid(checkpoints: Path) -> Path | None:
+    """The newest step folder that passes `verify`; damaged ones are named in the log and passed over."""
+    for folder in reversed(steps(checkpoints)):
+        try:
+            verify(folder)
+            return folder
+        except ValueError as error:
+            log.warning("passing over a damaged checkpoint: %s", error)
+    return None
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
+    """Write tensors as safetensors; `metadata` is stored as JSON in its header, under the key `ldm`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(plain, path, metadata={"format": "pt", "ldm": json.dumps(metadata or {}, sort_keys=True)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, metadata) of a file that `save_tensors` wrote. Raises ValueError if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("ldm", "{}"))
+            return {k: file.get_tensor(k) for k in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def all_finite(tensors: dict[str, Tensor]) -> bool:
+    """Whether no floating-point tensor holds NaN or infinity."""
+    return all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that reads the same whatever the locale."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON; ValueError, naming the file, if it is not."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""`ldm`: one file a verb."""

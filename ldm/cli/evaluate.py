@@ -1,0 +1,66 @@
+"""`ldm evaluate`: measure a model on tasks whose answer can be checked."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ldm.pipeline import Pipeline
+
+app = typer.Typer(no_args_is_help=True)
+
+Model = Annotated[str, typer.Argument(help="A run folder, a model folder or a checkpoint file.")]
+Seed = Annotated[int, typer.Option(help="Picture i has seed SEED + i.")]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
+Sampler = Annotated[str | None, typer.Option(help="Sampler, such as ddim.")]
+Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for scores.json and picture grids.")]
+
+
+def load(model: str) -> "Pipeline":
+    """The model on the GPU if there is one. Raises ValueError as `Pipeline.load` does."""
+    import torch
+
+    from ldm.pipeline import Pipeline
+
+    return Pipeline.load(model, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@app.command()
+def shapes(
+    model: Model,
+    count: Annotated[int, typer.Option(help="Held-out prompts, and as many seen ones.")] = 128,
+    seed: Seed = 0,
+    steps: Steps = None,
+    sampler: Sampler = None,
+    guidance: Guidance = None,
+    out: Out = None,
+) -> None:
+    """Ask for drawn scenes and read back whether colours, shapes, sizes and places are as asked.
+
+    The last two lines are ceilings: drawn scenes through the autoencoder, and as they are.
+    """
+    from ldm.evaluation.report import Sampling, evaluate_shapes, shapes_table
+
+    sampling = Sampling(seed, steps, sampler, guidance)
+    typer.echo(shapes_table(evaluate_shapes(load(model), sampling, count, out)))
+
+
+@app.command()
+def emoji(  # one parameter an option: what a command line needs
+    model: Model,
+    data: Annotated[Path, typer.Argument(help="The shard folder that the model was trained on.")],
+    heldout: Annotated[Path | None, typer.Option(help="A shard folder that it never saw.")] = None,
+    count: Annotated[int, typer.Option(help="Names to ask for, from each folder.")] = 256,
+    seed: Seed = 0,
+    steps: Steps = None,
+    sampler: Sampler = None,
+    guidance: Guidance = None,
+    out: Out = None,
+) -> None:
+    """Ask for emoji by name and see how often the nearest real picture carries that name."""
+    from ldm.evaluation.report import Sampling, emoji_table, evaluate_emoji
+
+    sampling = Sampling(seed, steps, sampler, guidance)
+    typer.echo(emoji_table(evaluate_emoji(load(model), sampling, data, heldout, count, out)))

@@ -1,0 +1,107 @@
+"""`ldm generate`."""
+
+import itertools
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+GRID_IMAGES = 64  # as many as one can look at; the rest are in their files
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A run folder or a model folder.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, each in quotes.")],
+    negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
+    count: Annotated[int, typer.Option(help="Images per prompt; the k-th uses seed + k.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed and settings draw the same image.")] = 0,
+    steps: Annotated[int, typer.Option(help="More is finer and slower.")] = 50,
+    sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler, heun or plms.")] = "ddim",
+    eta: Annotated[float, typer.Option(help="ddim: share of noise drawn anew each step, 0 to 1.")] = 0.0,
+    guidance: Annotated[float, typer.Option(help="How strictly to follow the prompt; 1 turns it off.")] = 5.0,
+    size: Annotated[str, typer.Option(help="Pixels, N or WxH; without it, the size trained at.")] = "",
+    batch: Annotated[int, typer.Option(help="Images at a time; fewer need less memory.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for the images; nothing in it is overwritten.")] = Path("out"),
+) -> None:
+    """Draw pictures from prompts with a trained model.
+
+    Example: ldm generate runs/denoiser "a red circle" "a blue square" --count 4 --out pictures
+
+    Writes 00000-SEED.png, ... with the settings inside each file, and for several images a grid.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from ldm.images import grid, to_pil
+    from ldm.pipeline import Pipeline, Request, pairs
+
+    width, height = _size(size)
+    request = Request(  # checks what it can before any weights are read
+        *pairs(prompts, count, seed),
+        negative=negative,
+        steps=steps,
+        sampler=sampler,
+        eta=eta,
+        guidance=guidance,
+        width=width,
+        height=height,
+        batch=batch,
+    )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = Pipeline.load(model, device)
+    stream = pipeline.stream(request)  # checks the rest
+    out.mkdir(parents=True, exist_ok=True)
+    numbers, index, shown = _numbers(out, ""), 0, []
+    with tqdm(total=request.total_steps, unit="step", disable=not sys.stderr.isatty()) as bar:
+        for step in stream:
+            bar.update()
+            if (step.index + 1) % steps:
+                continue
+            for picture in map(to_pil, pipeline.decode(step.x)):
+                name = f"{{:05d}}-{request.seeds[index]}.png"
+                bar.write(str(_save(picture, out, name, numbers, pipeline.settings(request, index))))
+                shown += [picture] if index < GRID_IMAGES else []
+                index += 1
+    if len(shown) > 1:
+        columns = count if 1 < count <= 16 else math.ceil(math.sqrt(len(shown)))
+        sheet = grid(shown, columns)
+        path = _save(sheet, out, "grid-{:05d}.png", _numbers(out, "grid-"), pipeline.settings(request, 0))
+        typer.echo(path)
+
+
+def _size(size: str) -> tuple[int | None, int | None]:
+    """ "N" or "WxH" -> width, height; "" -> the model's own."""
+    if not size:
+        return None, None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", size.strip().lower())
+    if match is None:
+        raise ValueError(f"--size must be N or WxH, such as 512 or 768x512, got {size!r}")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _numbers(folder: Path, prefix: str) -> Iterator[int]:
+    """Numbers after those of the PNG files that begin with `prefix` and a number."""
+    names = (re.match(rf"{prefix}(\d+).*\.png$", file.name) for file in folder.iterdir())
+    return itertools.count(max((int(name[1]) for name in names if name), default=-1) + 1)
+
+
+def _save(picture: "Image.Image", folder: Path, name: str, numbers: Iterator[int], settings: dict[str, Any]) -> Path:
+    """Save under the next number that is free, also if another process takes names in the same folder."""
+    from ldm.images import save_png
+
+    while True:
+        path = folder / name.format(next(numbers))
+        try:
+            save_png(picture, path, settings, overwrite=False)
+            return path
+        except FileExistsError:
+            continue

@@ -1,0 +1,37 @@
+"""The `ldm` command: verbs, and one clear line for what goes wrong."""
+
+import logging
+import sys
+
+import typer
+
+from ldm.cli import data, evaluate
+from ldm.cli.generate import generate
+from ldm.cli.train import train
+
+
+def application() -> typer.Typer:
+    """All verbs under one name."""
+    app = typer.Typer(
+        name="ldm",
+        help="Latent text-to-image, every stage: pictures -> shards -> models -> pictures.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.add_typer(data.app, name="data", help="Turn captioned pictures into shards, and look into them.")
+    app.command()(train)
+    app.command()(generate)
+    app.add_typer(evaluate.app, name="evaluate", help="Measure a model.")
+    return app
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one line and exit status 2, not in a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        application()()
+    except (ValueError, RuntimeError, OSError) as error:
+        logging.getLogger(__name__).debug("", exc_info=True)
+        sys.exit(f"ldm: {' '.join(str(error).split())}")

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: noise levels, what a network predicts, guidance and samplers."""

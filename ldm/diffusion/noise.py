@@ -1,0 +1,192 @@
+"""How much signal and how much noise: levels, the schedules that yield them, and each image's own noise.
+
+Every formula is in (alpha, sigma) coordinates, x_t = alpha * x0 + sigma * eps, which stay finite at both ends
+of a trajectory. Tables and trajectories are float64 on the CPU: a scalar level there multiplies a tensor of
+any float type on any device without changing its type and without a device synchronisation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ldm.names import known
+
+BETAS = ("scaled_linear", "linear", "cosine")
+SPACINGS = ("leading", "trailing", "linspace")
+FLOW_TIME_SCALE = 1000.0  # a flow network is told 1000 * time: one timestep embedding serves every schedule
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """x_t = alpha * x0 + sigma * eps, and the `t` the network is told.
+
+    All three have one shape: scalars for one level, [B] in training, [N+1] along a trajectory.
+    """
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    def __getitem__(self, index: int) -> "NoiseLevel":
+        """The level at one place of a trajectory."""
+        return NoiseLevel(self.t[index], self.alpha[index], self.sigma[index])
+
+    def like(self, x: Tensor) -> "NoiseLevel":
+        """Levels [B] shaped to multiply x [B, ...], in its type, on its device; a scalar level as it is."""
+        if self.alpha.ndim == 0:
+            return self
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        return NoiseLevel(self.t, self.alpha.to(x).view(shape), self.sigma.to(x).view(shape))
+
+
+class NoiseSchedule(Protocol):
+    """Noise levels for training and for sampling."""
+
+    def at(self, t: Tensor | float) -> NoiseLevel:
+        """The level of the `t` that the network is told."""
+        ...
+
+    def sample(self, u: Tensor) -> NoiseLevel:
+        """u [B] in [0, 1) -> levels [B], uniform in time when `u` is uniform."""
+        ...
+
+    def trajectory(self, steps: int, spacing: str) -> NoiseLevel:
+        """Levels [steps + 1] from noisy to clean."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class DiscreteSchedule:
+    """A variance-preserving chain of T levels, alpha^2 + sigma^2 = 1 (Ho et al. 2020, eq. 4); t is 0..T-1.
+
+    alpha_bar [T], float64: the share of the signal's variance that is left, falling in (0, 1).
+    """
+
+    alpha_bar: Tensor
+
+    def at(self, t: Tensor | float) -> NoiseLevel:
+        """The level of `t` in 0..T-1, alpha_bar interpolated between whole t. ValueError outside."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        last = len(self.alpha_bar) - 1
+        if t.numel() and not (t.min() >= 0 and t.max() <= last):
+            raise ValueError(f"t must be in 0..{last}, got {t.min():g}..{t.max():g}")
+        low = t.long()
+        table = self.alpha_bar.to(t.device)
+        return _preserving(t, torch.lerp(table[low], table[(low + 1).clamp(max=last)], t - low))
+
+    def sample(self, u: Tensor) -> NoiseLevel:
+        """u [B] in [0, 1) -> the levels [B] of t = floor(u * T)."""
+        steps = len(self.alpha_bar)
+        index = (u.double() * steps).long().clamp(max=steps - 1)
+        return _preserving(index.double(), self.alpha_bar.to(u.device)[index])
+
+    def trajectory(self, steps: int, spacing: str) -> NoiseLevel:
+        """Levels [steps + 1], noisy to clean, for every number of steps in 1..T. Raises ValueError outside.
+
+        trailing: T-1 and down in equal strides, then exactly clean (alpha 1, sigma 0; Lin et al. 2024, §3.3).
+        linspace: T-1 ... 0 with both ends, then exactly clean.
+        leading: floor(i * T / steps) + 1, ending at alpha_bar[0]: the timesteps of Stable Diffusion (CompVis,
+            and diffusers with offset 1 and set_alpha_to_one False) where `steps` divides T; elsewhere theirs
+            miss the number of steps. With steps = T there is no room for the + 1: T-1 ... 0, then clean.
+        The clean level says t = 0 and no sampler asks the network there.
+        """
+        known("spacing", spacing, SPACINGS)
+        total = len(self.alpha_bar)
+        if not 1 <= steps <= total:
+            raise ValueError(f"steps must be in 1..{total} for this noise schedule, got {steps}")
+        end = torch.ones(1, dtype=torch.float64)
+        i = torch.arange(steps, dtype=torch.float64)
+        if spacing == "linspace":
+            t = torch.linspace(total - 1, 0, steps, dtype=torch.float64).round()
+        elif spacing == "trailing" or steps == total:
+            t = (total - i * total / steps).round() - 1
+        else:
+            t, end = (i * total / steps).floor().flip(0) + 1, self.alpha_bar[:1]
+        alpha_bar = torch.cat([self.alpha_bar[t.long()], end])
+        return _preserving(torch.cat([t, torch.zeros(1, dtype=torch.float64)]), alpha_bar)
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Straight lines from data to noise, alpha = 1 - time, sigma = time (Liu et al. 2023, eq. 1).
+
+    The network is told t = 1000 * time. `shift` > 1 spends more of the time at high noise, as larger images
+    need, in training and sampling alike: time -> shift * time / (1 + (shift - 1) * time) (Esser et al. 2024,
+    eq. 23).
+    """
+
+    shift: float = 1.0
+
+    def at(self, t: Tensor | float) -> NoiseLevel:
+        """The level of `t` in 0..1000; `shift` is already in it. Raises ValueError outside."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        if t.numel() and not (t.min() >= 0 and t.max() <= FLOW_TIME_SCALE):
+            raise ValueError(f"t must be in 0..{FLOW_TIME_SCALE:g}, got {t.min():g}..{t.max():g}")
+        time = t / FLOW_TIME_SCALE
+        return NoiseLevel(t, 1 - time, time)
+
+    def sample(self, u: Tensor) -> NoiseLevel:
+        """u [B] in [0, 1) -> the levels [B] of time = shifted(u)."""
+        return self._shifted(u.double())
+
+    def trajectory(self, steps: int, spacing: str) -> NoiseLevel:
+        """Levels [steps + 1] from pure noise to exactly clean, for every steps >= 1, else ValueError.
+
+        trailing: equal strides 1 ... 0.  linspace: 1 ... 0.001 with both ends, then 0.
+        leading is refused: it would start a flow from pure noise at a level that still holds signal.
+        """
+        known("spacing of a flow", spacing, SPACINGS[1:])
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if spacing == "trailing":
+            return self._shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+        time = torch.linspace(1, 1 / FLOW_TIME_SCALE, steps, dtype=torch.float64)
+        return self._shifted(torch.cat([time, torch.zeros(1, dtype=torch.float64)]))
+
+    def _shifted(self, time: Tensor) -> NoiseLevel:
+        time = self.shift * time / (1 + (self.shift - 1) * time)
+        return NoiseLevel(FLOW_TIME_SCALE * time, 1 - time, time)
+
+
+class ImageNoise:
+    """Noise in which image i depends on seeds[i] alone, so it is the same alone and in any batch.
+
+    Each call returns a fresh [len(seeds), *shape] float32 tensor on the CPU; the first is the starting noise.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int]) -> None:
+        self.shape = tuple(shape)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self) -> Tensor:
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
+
+
+def discrete(kind: str, steps: int, beta_start: float, beta_end: float) -> DiscreteSchedule:
+    """A discrete schedule from its betas, in float64. Raises ValueError for an unknown kind or bad betas.
+
+    scaled_linear: square roots of the betas in equal strides (Rombach et al. 2022, called "linear" there).
+    linear: the betas themselves in equal strides (Ho et al. 2020).
+    cosine: alpha_bar = cos^2, betas at most 0.999 (Nichol & Dhariwal 2021, eq. 17); ignores start and end.
+    """
+    known("noise schedule", kind, BETAS)
+    if steps < 1:
+        raise ValueError(f"train_steps must be at least 1, got {steps}")
+    if kind == "cosine":
+        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+        signal = torch.cos((time + 0.008) / 1.008 * torch.pi / 2).square()
+        betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+    else:
+        if not 0 < beta_start <= beta_end < 1:
+            raise ValueError(f"betas must satisfy 0 < start <= end < 1, got {beta_start} and {beta_end}")
+        power = 2 if kind == "scaled_linear" else 1
+        ends = beta_start ** (1 / power), beta_end ** (1 / power)
+        betas = torch.linspace(*ends, steps, dtype=torch.float64) ** power
+    return DiscreteSchedule(torch.cumprod(1 - betas, dim=0))
+
+
+def _preserving(t: Tensor, alpha_bar: Tensor) -> NoiseLevel:
+    return NoiseLevel(t, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())

@@ -1,0 +1,157 @@
+"""PIL <-> tensors in [-1, 1], grids, and PNG files that carry the settings they were made with."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_NEGATIVE = "Negative prompt:"
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A picture of any mode -> RGB float32 [3, H, W] in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, W, 3]
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1] -> a picture, rounded to 8 bits, values outside clamped.
+
+    Raises ValueError for another shape and for values that are no numbers.
+    """
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"an image must be [3, H, W], got {list(image.shape)}")
+    if not image.isfinite().all():
+        raise ValueError("the image holds values that are not finite numbers; was the model run in float16?")
+    pixels = ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def grid(images: Tensor | Sequence[Image.Image], columns: int, padding: int = 2, scale: int = 1) -> Image.Image:
+    """Pictures of one size in rows of `columns`, `padding` white pixels around each.
+
+    images: [N, 3, H, W] in [-1, 1], or pictures. scale: whole magnification, with hard pixel edges.
+    Raises ValueError for no images, several sizes or numbers below 1 (padding: below 0).
+    """
+    pictures = [to_pil(i) for i in images] if isinstance(images, Tensor) else list(images)
+    sizes = sorted({p.size for p in pictures})
+    if len(sizes) != 1:
+        raise ValueError(f"a grid needs images of one size, got {sizes or 'no images'}")
+    if columns < 1 or scale < 1 or padding < 0:
+        raise ValueError(f"columns and scale must be >= 1, padding >= 0, got {columns}, {scale}, {padding}")
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    width, height = sizes[0][0] * scale, sizes[0][1] * scale
+    stride_x, stride_y = width + padding, height + padding
+    sheet = Image.new("RGB", (columns * stride_x + padding, rows * stride_y + padding), "white")
+    for k, picture in enumerate(pictures):
+        place = padding + k % columns * stride_x, padding + k // columns * stride_y
+        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), place)
+    return sheet
+
+
+def save_png(
+    image: Image.Image,
+    path: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = True,
+) -> None:
+    """Write a PNG that appears under its name only when it is complete.
+
+    settings: kept in the file, as text that other tools read (chunk `parameters`) and as JSON (chunk `ldm`).
+    Raises FileExistsError if the name is taken and `overwrite` is off, even by another process meanwhile.
+    """
+    path = Path(path)
+    chunks = PngImagePlugin.PngInfo()
+    if settings is not None:
+        chunks.add_text("parameters", format_parameters(settings))
+        chunks.add_text("ldm", json.dumps(settings, ensure_ascii=False))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(partial, "PNG", pnginfo=chunks)
+        if overwrite:
+            os.replace(partial, path)
+        else:
+            _place(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings a PNG was made with: ours with their types, those of other tools as text, {} if none.
+
+    Raises ValueError if the file is no PNG.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            chunks: dict[str, str] = getattr(image, "text", {})
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a PNG file") from error
+    if "ldm" in chunks:
+        try:
+            return dict(json.loads(chunks["ldm"]))
+        except ValueError as error:
+            raise ValueError(f"{path} has an 'ldm' chunk that is not a JSON object") from error
+    return parse_parameters(chunks.get("parameters", ""))
+
+
+def format_parameters(settings: Mapping[str, Any]) -> str:
+    """The text AUTOMATIC1111 puts into PNGs: prompt, negative prompt, then `Key: value, ...` on one line."""
+    rest = {k: v for k, v in settings.items() if k not in ("Prompt", "Negative prompt")}
+    lines = [str(settings.get("Prompt", ""))]
+    if settings.get("Negative prompt"):
+        lines.append(f"{_NEGATIVE} {settings['Negative prompt']}")
+    lines.append(", ".join(f"{key}: {_quote(str(value))}" for key, value in rest.items()))
+    return "\n".join(lines)
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """The reverse of `format_parameters`; all values are text.
+
+    The last line counts as settings only with three or more of them: a prompt may end in a line with colons.
+    """
+    if not text.strip():
+        return {}
+    lines = text.strip().split("\n")
+    pairs = _PAIR.findall(lines[-1])
+    if len(pairs) >= 3:
+        lines.pop()
+    else:
+        pairs = []
+    negative = next((k for k, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    settings = {"Prompt": "\n".join(lines[:negative])}
+    if negative < len(lines):
+        settings["Negative prompt"] = "\n".join(lines[negative:])[len(_NEGATIVE) :].strip()
+    return settings | {key: _unquote(value) for key, value in pairs}
+
+
+def _quote(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", value) else value
+
+
+def _unquote(value: str) -> str:
+    try:
+        return str(json.loads(value)) if value.startswith('"') else value
+    except ValueError:
+        return value
+
+
+def _place(partial: Path, path: Path) -> None:
+    """Give a finished file its name unless that is taken."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: look, then rename, is the best it offers
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.replace(partial, path)

@@ -1,0 +1,1 @@
+"""The networks: autoencoder, text encoder, CLIP, U-Net. Each file reads alone."""

@@ -1,0 +1,195 @@
+"""The KL-regularised autoencoder of Stable Diffusion (Rombach et al. 2022, sec. 3.1), in any size."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.nn.attention import attention
+from ldm.nn.blocks import Downsample, ResidualBlock, Upsample
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes; the defaults are Stable Diffusion's KL-f8: 83,653,863 parameters."""
+
+    image_channels: int = 3
+    latent_channels: int = 4
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # one per level; each level but the last halves the size
+    blocks: int = 2  # residual blocks per level of the encoder; the decoder has one more
+    norm_groups: int = 32
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A diagonal Gaussian over latents; mean and logvar [B, C, h, w]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @staticmethod
+    def from_moments(moments: Tensor) -> "Posterior":
+        """From the encoder's output [B, 2 C, h, w]; logvar is clamped to [-30, 20]."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise, for standard normal noise of the mean's shape."""
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def kl(self) -> Tensor:
+        """KL(posterior || N(0, 1)) in nats, summed over C, h and w -> [B] (Kingma & Welling 2014, app. B)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
+
+
+class MidAttention(nn.Module):
+    """Single-head self-attention over the pixels of a feature map [B, C, H, W]."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Conv2d(channels, channels, 1)
+        self.to_k = nn.Conv2d(channels, channels, 1)
+        self.to_v = nn.Conv2d(channels, channels, 1)
+        self.to_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.to_q, self.to_k, self.to_v))
+        out = attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # [B, C, H, W]
+        return x + self.to_out(out)
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.block1 = ResidualBlock(channels, channels, groups=groups, eps=1e-6)
+        self.attention = MidAttention(channels, groups)
+        self.block2 = ResidualBlock(channels, channels, groups=groups, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block2(self.attention(self.block1(x)))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then a change of resolution (or none)."""
+
+    def __init__(self, widths: list[int], groups: int, resample: nn.Module | None) -> None:
+        super().__init__()
+        pairs = pairwise(widths)
+        self.blocks = nn.ModuleList(ResidualBlock(a, b, groups=groups, eps=1e-6) for a, b in pairs)
+        self.resample = resample if resample is not None else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.resample(x)
+
+
+class Encoder(nn.Module):
+    """image [B, 3, H, W] -> features [B, 2 C, H / f, W / f]."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        groups, widths = config.norm_groups, [config.channels * m for m in config.multipliers]
+        self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
+        self.levels = nn.ModuleList()
+        width = config.channels
+        for i, out in enumerate(widths):
+            down = Downsample(out, symmetric=False) if i < len(widths) - 1 else None
+            self.levels.append(Level([width] + [out] * config.blocks, groups, down))
+            width = out
+        self.middle = Middle(width, groups)
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+
+
+class Decoder(nn.Module):
+    """latent [B, C, h, w] -> image [B, 3, h f, w f]; its levels run from the lowest resolution up."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        groups, widths = config.norm_groups, [config.channels * m for m in reversed(config.multipliers)]
+        width = widths[0]
+        self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
+        self.middle = Middle(width, groups)
+        self.levels = nn.ModuleList()
+        for i, out in enumerate(widths):
+            up = Upsample(out) if i < len(widths) - 1 else None
+            self.levels.append(Level([width] + [out] * (config.blocks + 1), groups, up))
+            width = out
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, config.image_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(z))
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """Pictures in [-1, 1] to latents of zero mean and unit variance, and back.
+
+    The model owns the shift and scale of its latents (`latent_mean`, `latent_std`, one per channel),
+    so nobody else handles a raw latent. They are measured in training; Stable Diffusion's single
+    factor 0.18215 is mean 0, std 1 / 0.18215.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config.latent_channels
+        self.encoder = Encoder(config)
+        self.quant = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant = nn.Conv2d(c, c, 1)
+        self.decoder = Decoder(config)
+        self.register_buffer("latent_mean", torch.zeros(c, 1, 1))
+        self.register_buffer("latent_std", torch.ones(c, 1, 1))
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent pixel, along each side."""
+        return 2 ** (len(self.config.multipliers) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    def posterior(self, image: Tensor) -> Posterior:
+        """image [B, 3, H, W] in [-1, 1], H and W multiples of `factor` -> distribution of raw latents."""
+        if image.shape[-1] % self.factor or image.shape[-2] % self.factor:
+            raise ValueError(f"picture size {image.shape[-1]}x{image.shape[-2]} must be a multiple of {self.factor}")
+        return Posterior.from_moments(self.quant(self.encoder(image)))
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """image [B, 3, H, W] in [-1, 1] -> normalised latent [B, C, H / f, W / f].
+
+        With standard normal `noise` of the latent's shape it is a sample of the posterior, else its mean.
+        """
+        posterior = self.posterior(image)
+        raw = posterior.mean if noise is None else posterior.sample(noise)
+        return (raw - self.latent_mean) / self.latent_std
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """normalised latent [B, C, h, w] -> image [B, 3, h f, w f], near [-1, 1] but not clamped."""
+        return self.decoder(self.post_quant(latent * self.latent_std + self.latent_mean))
+
+    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
+        """The training path: image, noise -> (reconstruction, posterior)."""
+        posterior = self.posterior(image)
+        return self.decoder(self.post_quant(posterior.sample(noise))), posterior

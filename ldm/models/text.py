@@ -1,0 +1,129 @@
+"""Prompts -> Conditioning, over open_clip's text tower and its own BPE vocabulary."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.types import Conditioning
+
+VOCABULARY = 49_408
+"""Entries of CLIP's BPE vocabulary, its start (49,406) and end (49,407) tokens included."""
+
+
+def import_open_clip() -> ModuleType:
+    """open_clip, importable also beside a CPU build of torch.
+
+    PyPI's torchvision is built against CUDA torch; beside the CPU build its compiled part does not load,
+    and `import torchvision` then fails on the schemas of two operators it expects to exist. We use
+    neither operator, so declaring them is enough. Only done when they are missing.
+    """
+    if not hasattr(torch.ops.torchvision, "nms"):
+        try:
+            import torchvision  # noqa: F401
+        except RuntimeError:
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            for name in ("nms", "qnms"):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _keep_alive.append(library)
+    import open_clip
+
+    return open_clip
+
+
+_keep_alive: list[Any] = []
+"""torch drops the definitions of a Library when it is garbage-collected."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes and conventions; the defaults are CLIP ViT-L/14's text tower as Stable Diffusion 1 uses it."""
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    embed_dim: int = 768  # of the joint image-text space
+    context_length: int = 77
+    layer: str = "last"  # hidden states given to the denoiser: last | penultimate, both after the final norm
+    activation: str = "gelu"  # gelu | quick_gelu
+    pad_id: int = 0  # what fills a prompt up: 0 (open_clip) | 49407 (Stable Diffusion 1)
+    tokenizer: str = "open_clip"  # its BPE and text cleaning (ftfy, HTML entities, lower case)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("layer", ("last", "penultimate")),
+            ("activation", ("gelu", "quick_gelu")),
+            ("tokenizer", ("open_clip",)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"text: {name} must be one of {allowed}, not {getattr(self, name)!r}")
+
+
+class Tokenizer:
+    """open_clip's byte-pair encoding: prompts -> ids [B, context_length], start token first, end token kept."""
+
+    def __init__(self, context_length: int, pad_id: int) -> None:
+        import_open_clip()
+        from open_clip.tokenizer import SimpleTokenizer
+
+        self.bpe = SimpleTokenizer(context_length=context_length)
+        self.context_length, self.pad_id = context_length, pad_id
+        if self.bpe.vocab_size != VOCABULARY:
+            raise ValueError(f"the tokenizer has {self.bpe.vocab_size} entries instead of {VOCABULARY}")
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> int64 ids [B, L]; a prompt that is too long loses its tail."""
+        ids = self.bpe(list(prompts))  # padded with 0, which is also the id of "!"
+        ends = ids.argmax(dim=1, keepdim=True)  # the end token has the highest id
+        after = torch.arange(self.context_length)[None] > ends
+        return ids.masked_fill(after, self.pad_id)
+
+    def length(self, prompt: str) -> int:
+        """Tokens of a prompt before any cut, start and end included."""
+        return len(self.bpe.encode(prompt)) + 2
+
+
+class TextEncoder(nn.Module):
+    """CLIP's causal text transformer (Radford et al. 2021, sec. 2.4).
+
+    `encoder(prompts)` -> Conditioning with context [B, L, width]; `features` gives the joint embedding.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        import_open_clip()
+        from open_clip.transformer import QuickGELU, TextTransformer
+
+        self.tokenize = Tokenizer(config.context_length, config.pad_id)
+        self.tower = TextTransformer(
+            context_length=config.context_length,
+            vocab_size=VOCABULARY,
+            width=config.width,
+            heads=config.heads,
+            layers=config.layers,
+            output_dim=config.embed_dim,
+            act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
+            output_tokens=True,
+        )
+        # Not part of a state dict, so it must be real also when the model is built on the meta device.
+        mask = torch.full((config.context_length, config.context_length), float("-inf"), device="cpu")
+        self.tower.register_buffer("attn_mask", mask.triu_(1), persistent=False)
+
+    def forward(self, prompts: Sequence[str]) -> Conditioning:
+        """B prompts -> Conditioning(context [B, L, width]) for a denoiser."""
+        ids = self.tokenize(prompts).to(self.tower.positional_embedding.device)
+        if self.config.layer == "last":
+            return Conditioning(context=self.tower(ids)[1])
+        hidden = self.tower.forward_intermediates(
+            ids, indices=[-2], stop_early=True, normalize_intermediates=True, output_fmt="NLC"
+        )
+        return Conditioning(context=hidden["text_intermediates"][0])
+
+    def features(self, ids: Tensor) -> Tensor:
+        """ids [B, L] -> unit vectors [B, embed_dim] of the joint image-text space."""
+        return F.normalize(self.tower(ids)[0], dim=-1)

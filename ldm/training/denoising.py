@@ -1,0 +1,124 @@
+"""The latent denoiser: text to latents, in the space of a frozen autoencoder."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.batch import Batch
+from ldm.checkpoints.load import load_model
+from ldm.diffusion.process import Diffusion, DiffusionConfig
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.text import TextEncoder
+from ldm.models.unet import UNet, UNetConfig
+from ldm.pipeline import Pipeline, Request
+from ldm.training.randomness import SampleRandomness
+from ldm.training.tasks import Metrics, Task, TaskConfig, freeze
+from ldm.types import Conditioning
+
+
+@dataclass(frozen=True)
+class DenoisingTaskConfig(TaskConfig):
+    """The denoiser, the noise, and where the frozen models come from."""
+
+    kind: str = "denoising"
+    autoencoder: str = "???"  # model or run folder that has one
+    text: str = "???"  # model or run folder that has one
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    dropout: float = 0.1  # share of captions replaced by the null prompt, for classifier-free guidance
+    null_prompt: str = ""
+    previews: tuple[str, ...] = ()  # prompts; seeds are 0, 1, 2, ...
+    preview_steps: int = 25
+    preview_guidance: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"task.dropout must be in [0, 1), not {self.dropout}")
+
+
+class DenoisingTask(Task):
+    """Trains a U-Net to undo noise on latents, told the text (Rombach et al. 2022, eq. 3)."""
+
+    trained = ("denoiser",)
+
+    def __init__(self, config: DenoisingTaskConfig, *, size: int, seed: int) -> None:
+        super().__init__()
+        self.config, self.size, self.seed = config, size, seed
+        (autoencoder,) = load_model(config.autoencoder, ["autoencoder"]).require("autoencoder")
+        (text,) = load_model(config.text, ["text"]).require("text")
+        assert isinstance(autoencoder, AutoencoderKL) and isinstance(text, TextEncoder)
+        if size % autoencoder.factor:
+            raise ValueError(f"picture size {size} must be a multiple of the latent factor {autoencoder.factor}")
+        for name, given, needed in (
+            ("in_channels", config.unet.in_channels, autoencoder.latent_channels),
+            ("out_channels", config.unet.out_channels, autoencoder.latent_channels),
+            ("context_dim", config.unet.context_dim, text.config.width),
+        ):
+            if given != needed:
+                raise ValueError(f"task.unet.{name} is {given}; the frozen models need {needed}")
+        self.autoencoder = autoencoder
+        self.text = text
+        freeze(autoencoder), freeze(text)
+        self.denoiser = UNet(config.unet)
+        self.diffusion = Diffusion.from_config(config.diffusion)
+
+    def losses(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, Metrics]]:
+        loss = self._loss(batch, dropout=self.config.dropout).mean()
+        yield "denoiser", loss, {"loss": loss.detach()}
+
+    def validate(self, batch: Batch) -> Metrics:
+        """The loss on fixed noise, at levels spread evenly over the batch, nothing dropped."""
+        return {"loss": self._loss(batch, dropout=0.0, spread=True).mean()}
+
+    def preview(self, batch: Batch) -> Tensor | None:
+        if not self.config.previews:
+            return None
+        request = Request(
+            prompts=tuple(self.config.previews),
+            seeds=tuple(range(len(self.config.previews))),
+            steps=self.config.preview_steps,
+            guidance=self.config.preview_guidance,
+        )
+        denoiser = getattr(self.denoiser, "module", self.denoiser)
+        pipeline = Pipeline(
+            self.autoencoder,
+            self.text,
+            denoiser,
+            self.diffusion,
+            size=self.size,
+            null_prompt=self.config.null_prompt,
+        )
+        return pipeline(request)
+
+    def components(self) -> dict[str, nn.Module]:
+        denoiser = getattr(self.denoiser, "module", self.denoiser)
+        return {"autoencoder": self.autoencoder, "text": self.text, "denoiser": denoiser}
+
+    def settings(self) -> dict[str, object]:
+        return {
+            "size": self.size,
+            "diffusion": asdict(self.config.diffusion),
+            "null_prompt": self.config.null_prompt,
+            "caption_dropout": self.config.dropout,
+        }
+
+    def _loss(self, batch: Batch, *, dropout: float, spread: bool = False) -> Tensor:
+        """[B]: the diffusion loss of every sample."""
+        random = SampleRandomness(self.seed, batch.positions)
+        latent, cond = self._encode(batch, random, dropout)
+        n = len(batch)
+        u = (torch.arange(n, device=latent.device) + 0.5) / n if spread else random.uniform("timestep")
+        noise = random.normal("noise", tuple(latent.shape[1:]))
+        return self.diffusion.loss(self.denoiser, latent, cond, noise=noise, u=u)
+
+    @torch.no_grad()
+    def _encode(self, batch: Batch, random: SampleRandomness, dropout: float) -> tuple[Tensor, Conditioning]:
+        dropped = (random.uniform("caption dropout") < dropout).tolist()
+        captions = [
+            self.config.null_prompt if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)
+        ]
+        side = self.size // self.autoencoder.factor
+        noise = random.normal("posterior", (self.autoencoder.latent_channels, side, side))
+        return self.autoencoder.encode(batch.image, noise), self.text(captions)

@@ -1,0 +1,75 @@
+"""The words every layer shares: what a denoiser is told, and what it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ldm.diffusion.noise import NoiseLevel
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """All a denoiser is told besides `x` and `t`; every field is optional.
+
+    context [B, L, D]: text tokens.          mask [B, L]: True where a token counts.
+    pooled [B, P]: added to the time embedding.
+    concat [B, C', H, W]: joined to `x` by channel (inpainting, depth).
+    control: feature maps added inside the denoiser (ControlNet).
+    """
+
+    context: Tensor | None = None
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+    concat: Tensor | None = None
+    control: tuple[Tensor, ...] = ()
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+        """The same conditioning with `change` applied to every tensor in it."""
+
+        def apply(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(change(v) for v in value)
+            return None if value is None else change(value)
+
+        return Conditioning(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+
+    def __getitem__(self, rows: Any) -> "Conditioning":
+        """The rows of the batch that `rows` selects (slice, index tensor or boolean mask)."""
+        return self.map(lambda t: t[rows])
+
+    def to(self, *args: Any, **kwargs: Any) -> "Conditioning":
+        """`Tensor.to` on every tensor."""
+        return self.map(lambda t: t.to(*args, **kwargs))
+
+    @staticmethod
+    def cat(parts: "list[Conditioning]") -> "Conditioning":
+        """Join along the batch; every part must have the same fields. Raises ValueError if not."""
+
+        def join(values: list[Any]) -> Any:
+            if any((v is None) != (values[0] is None) for v in values):
+                raise ValueError("conditionings to join must have the same fields")
+            if values[0] is None:
+                return None
+            if isinstance(values[0], tuple):
+                return tuple(torch.cat(group) for group in zip(*values, strict=True))
+            return torch.cat(values)
+
+        return Conditioning(
+            **{f.name: join([getattr(p, f.name) for p in parts]) for f in fields(Conditioning)}
+        )
+
+
+class Denoiser(Protocol):
+    """A network that predicts a mix of clean signal and noise: UNet, DiT, guided(...), wrapped or not."""
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """x [B, C, H, W], t [B] -> raw prediction [B, C, H, W]."""
+        ...
+
+
+Denoise = Callable[[Tensor, "NoiseLevel"], Tensor]
+"""(x_t [B, C, H, W], level) -> the estimate of x0, same shape. What a sampler calls."""

@@ -1,0 +1,180 @@
+"""Drawn scenes: captions that invert, pictures that obey them, splits that never leak."""
+
+import pickle
+import re
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from data_pipeline.sources.shapes import (
+    COLOURS,
+    GAP,
+    GRID,
+    HELD_OUT,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    VERTICAL,
+    Object,
+    Scene,
+    ShapesConfig,
+    ShapesSource,
+    caption,
+    captions,
+    compose,
+    coverage,
+    draw,
+    layout,
+    parse,
+    prompts,
+)
+
+
+def scenes(count: int, split: str = "all", seed: int = 0) -> list[Scene]:
+    rng = np.random.default_rng(seed)
+    return [compose(1 + i % 3, split, rng) for i in range(count)]
+
+
+def test_every_caption_gives_its_scene_back() -> None:
+    for scene in scenes(400):
+        assert len(set(captions(scene))) == 3
+        assert all(parse(text) == scene for text in captions(scene))
+        assert parse(f"  {caption(scene).upper()}. ") == scene
+
+
+def test_captions_read_as_english() -> None:
+    red, blue, green = (
+        Object("red", "circle", "small"),
+        Object("blue", "square", "large"),
+        Object("green", "triangle", "small"),
+    )
+    assert caption(Scene((red,), "alone")) == "a small red circle"
+    assert caption(Scene((red, blue), "left of")) == "a small red circle to the left of a large blue square"
+    assert caption(Scene((red, blue, green), "column")) == (
+        "a small red circle, a large blue square and a small green triangle from top to bottom"
+    )
+
+
+def test_captions_are_short() -> None:
+    pieces = max(len(re.findall(r"\w+|[^\w\s]", text)) for scene in scenes(300) for text in captions(scene))
+    assert pieces <= 22  # words and commas; every word is one BPE token
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a cat",
+        "a red circle",
+        "a small pink circle",
+        "a small red circle and a large blue square",
+        "a small red circle above a large blue square above a small green circle",
+        "a small red circle above a large red square",
+    ],
+)
+def test_other_texts_are_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse(text)
+
+
+def test_words_outside_the_vocabulary_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown word 'star'.*circle"):
+        Object("red", "star", "small")
+    with pytest.raises(ValueError, match="cannot be 'row'"):
+        Scene((Object("red", "circle", "small"),), "row")
+
+
+def test_objects_keep_apart_inside_the_picture_and_lie_as_stated() -> None:
+    rng = np.random.default_rng(1)
+    for scene in scenes(600):
+        sides = [SIZES[thing.size] for thing in scene.along()]
+        corners = np.array(layout(scene, rng))
+        assert (corners >= 0).all() and (corners + np.array(sides)[:, None] <= GRID).all()
+        axis = 1 if scene.relation in VERTICAL else 0
+        middles = corners + np.array(sides)[:, None] / 2
+        for i, j in combinations(range(len(sides)), 2):
+            assert corners[j, axis] - corners[i, axis] - sides[i] >= GAP
+            assert abs(middles[j, 1 - axis] - middles[i, 1 - axis]) <= 3
+
+
+def test_pictures_are_deterministic_and_the_source_picklable() -> None:
+    source = ShapesSource(ShapesConfig(count=20, seed=3))
+    copy = pickle.loads(pickle.dumps(source))
+    assert len(copy) == 20
+    for i in range(20):
+        one, two = source[i], copy[i]
+        assert (one.key, one.captions, one.meta) == (two.key, two.captions, two.meta)
+        assert one.image.tobytes() == two.image.tobytes() and one.image.size == (32, 32)
+    assert ShapesSource(ShapesConfig(count=20, seed=4))[0].captions != source[0].captions
+    with pytest.raises(IndexError):
+        source[20]
+
+
+def test_a_shorter_source_holds_the_same_first_samples() -> None:
+    long, short = ShapesSource(ShapesConfig(count=1000)), ShapesSource(ShapesConfig(count=10))
+    assert all(long[i].image.tobytes() == short[i].image.tobytes() for i in range(10))
+
+
+def test_keys_suit_webdataset() -> None:
+    keys = {ShapesSource(ShapesConfig(count=5, split=split))[i].key for split in ("train", "all") for i in range(5)}
+    assert len(keys) == 10 and all(re.fullmatch("[0-9a-z_-]{1,80}", key) for key in keys)
+
+
+def test_sizes_show_the_same_picture() -> None:
+    scene = parse("a large blue square to the left of a large black square")
+    small = np.array(draw(scene, 32, np.random.default_rng(0)))
+    large = np.array(draw(scene, 64, np.random.default_rng(0)))
+    assert (large[::2, ::2] == small).all()
+
+
+def test_edges_are_smooth_and_areas_exact() -> None:
+    for shape, share in {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}.items():
+        cover = coverage(shape, (3.0, 4.0), 9.0, 32)
+        assert cover.sum() == pytest.approx(81 * share, rel=0.01)
+        assert ((cover > 0) & (cover < 1)).any() == (shape != "square")
+    assert coverage("circle", (-100.0, 0.0), 9.0, 32).sum() == 0
+
+
+def test_train_never_shows_a_held_out_pair_and_heldout_always_does() -> None:
+    for split, expected in (("train", False), ("heldout", True)):
+        source = ShapesSource(ShapesConfig(count=300, split=split))
+        for i in range(300):
+            scene = parse(source[i].captions[0])
+            assert scene.held_out is expected and source[i].meta["heldout"] is expected
+            assert any((o.colour, o.shape) in HELD_OUT for o in scene.objects) is expected
+
+
+def test_each_colour_and_shape_is_trained_with_others() -> None:
+    for colour, shape in HELD_OUT:
+        assert sum((colour, other) not in HELD_OUT for other in SHAPES) >= 2
+        assert sum((other, shape) not in HELD_OUT for other in COLOURS) >= 5
+
+
+def test_mix_of_counts_and_relations() -> None:
+    source = ShapesSource(ShapesConfig(count=1000))
+    told = [parse(source[i].captions[0]) for i in range(1000)]
+    counts = Counter(len(scene.objects) for scene in told)
+    assert counts[1] == pytest.approx(300, abs=60) and counts[2] == pytest.approx(400, abs=60)
+    assert {scene.relation for scene in told} == {word for words in RELATIONS.values() for word in words}
+    alone = ShapesSource(ShapesConfig(count=50, max_objects=1))
+    assert all(alone[i].meta["objects"] == 1 for i in range(50))
+
+
+@pytest.mark.parametrize("split", ["train", "heldout", "all"])
+def test_prompts_are_distinct_of_their_split_and_mixed(split: str) -> None:
+    texts = prompts(split, 100, seed=5)
+    told = [parse(text) for text in texts]
+    assert len(set(texts)) == 100 and texts == prompts(split, 100, seed=5)
+    assert all(caption(scene) == text for scene, text in zip(told, texts, strict=True))
+    if split != "all":
+        assert all(scene.held_out is (split == "heldout") for scene in told)
+    counts = Counter(len(scene.objects) for scene in told)
+    assert counts == ({1: 6, 2: 54, 3: 40} if split == "heldout" else {1: 30, 2: 40, 3: 30})
+
+
+@pytest.mark.parametrize("wrong", [{"split": "test"}, {"size": 16}, {"max_objects": 4}, {"count": -1}, {"seed": -1}])
+def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        ShapesSource(ShapesConfig(**wrong))  # type: ignore[arg-type]

@@ -1,0 +1,165 @@
+"""Shards: what is written is what is read, by us and by webdataset; every damage is named."""
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+from PIL import Image
+
+from data_pipeline.images import resize_crop
+from data_pipeline.shards import Entry, Info, RawSample, ShardDataset, write_index, write_tar
+from data_pipeline.sources.folder import FolderSource
+
+
+def test_delivers_every_sample_of_the_source_in_order(source: FolderSource, dataset: ShardDataset) -> None:
+    assert len(dataset) == len(source) == dataset.info.samples
+    assert [s.samples for s in dataset.info.shards] == [10, 10, 10, 7]
+    for i in range(len(source)):
+        given, stored = source[i], dataset[i]
+        assert (stored.key, stored.captions, stored.meta) == (given.key, given.captions, given.meta)
+        picture = Image.open(io.BytesIO(stored.image_bytes))
+        assert picture.tobytes() == resize_crop(given.image, 16).tobytes()
+
+
+def test_webdataset_reads_the_same_samples(dataset: ShardDataset) -> None:
+    urls = [str(dataset.path / s.file) for s in dataset.info.shards]
+    read = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len(read) == len(dataset)
+    for theirs, ours in zip(read, (dataset[i] for i in range(len(dataset))), strict=True):
+        assert theirs["__key__"] == ours.key
+        assert theirs["png"] == ours.image_bytes
+        assert theirs["txt"].decode() == ours.captions[0]
+        assert json.loads(theirs["json"]) == {"captions": list(ours.captions), **ours.meta}
+
+
+def test_tar_bytes_depend_on_content_only(tmp_path: Path) -> None:
+    entries = [Entry("a", {"png": b"1" * 512, "txt": b""}), Entry("b", {"png": b"2" * 513})]
+    (tmp_path / "x").mkdir()
+    first = write_tar(tmp_path / "0.tar", entries)
+    os.utime(tmp_path)
+    assert write_tar(tmp_path / "x" / "1.tar", iter(entries)) == first
+    assert (tmp_path / "0.tar").read_bytes() == (tmp_path / "x" / "1.tar").read_bytes()
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        members = {m.name: (m.offset_data, m.size) for m in tar}
+    places = {f"{s['key']}.{e}": tuple(p[:2]) for s in first for e, p in s["members"].items()}
+    assert places == members
+    assert sorted(os.listdir(tmp_path)) == ["0.tar", "x"]
+
+
+def test_no_entries_no_file(tmp_path: Path) -> None:
+    assert write_tar(tmp_path / "0.tar", []) == []
+    assert not list(tmp_path.iterdir())
+
+
+def _first(dataset: ShardDataset, results: "multiprocessing.Queue[RawSample]") -> None:
+    results.put(dataset[11])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_reads_in_another_process(dataset: ShardDataset, method: str) -> None:
+    expected = dataset[11]  # also opens the file here
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    child = context.Process(target=_first, args=(dataset, results))
+    child.start()
+    assert results.get(timeout=60) == expected
+    child.join()
+    assert pickle.loads(pickle.dumps(dataset))[11] == expected
+
+
+def test_keeps_few_files_open(dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.shards._OPEN_FILES", 2)
+    keys = [dataset[i].key for i in (0, 10, 20, 30, 0)]
+    assert keys[0] == keys[4] and len(dataset._files) == 2
+    dataset.close()
+    assert dataset[0].key == keys[0]
+
+
+@pytest.mark.parametrize("index", [-1, 37])
+def test_index_outside(dataset: ShardDataset, index: int) -> None:
+    with pytest.raises(IndexError):
+        dataset[index]
+
+
+@pytest.fixture
+def copy(shard_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shard_folder, tmp_path / "copy"))
+
+
+def test_every_flipped_byte_of_a_member_is_named(copy: Path) -> None:
+    dataset = ShardDataset(copy)
+    sample = json.loads((copy / "00001.json").read_bytes())["samples"][3]
+    tar = copy / "00001.tar"
+    whole = tar.read_bytes()
+    for extension, (offset, size, _) in sample["members"].items():
+        for at in (offset, offset + size // 2, offset + size - 1):
+            tar.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(RuntimeError, match=rf"00001\.tar.*{sample['key']}\.{extension}"):
+                dataset[13]
+            assert dataset.damaged() == ["00001.tar"]
+    tar.write_bytes(whole)
+    assert dataset.damaged() == [] and dataset[13].key == sample["key"]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 511, 512, 5000, -512, -1])
+def test_truncated_shard(copy: Path, keep: int) -> None:
+    tar = copy / "00002.tar"
+    tar.write_bytes(tar.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"00002\.tar has \d+ bytes instead of \d+"):
+        ShardDataset(copy)
+
+
+def test_shard_cut_while_open(copy: Path) -> None:
+    dataset = ShardDataset(copy)
+    os.truncate(copy / "00000.tar", 600)
+    with pytest.raises(RuntimeError, match=r"00000\.tar is damaged at"):
+        dataset[0]
+
+
+def test_header_damage_is_found_by_verifying(copy: Path) -> None:
+    tar = bytearray((copy / "00003.tar").read_bytes())
+    tar[100] ^= 1  # in the first header: no member changes, but webdataset would stop here
+    (copy / "00003.tar").write_bytes(tar)
+    assert ShardDataset(copy).damaged() == ["00003.tar"]
+
+
+def test_missing_shard_and_damaged_indexes(copy: Path) -> None:
+    (copy / "00002.json").write_bytes((copy / "00002.json").read_bytes().replace(b"0", b"1", 1))
+    with pytest.raises(RuntimeError, match=r"00002\.json is damaged"):
+        ShardDataset(copy)[25]
+    (copy / "00001.tar").unlink()
+    with pytest.raises(ValueError, match=r"00001\.tar is missing"):
+        ShardDataset(copy)
+    index = (copy / "index.json").read_bytes()
+    for bad in (index.replace(b'"samples": 37', b'"samples": 27'), index[:-9], b"", b"[]", b"\xff"):
+        (copy / "index.json").write_bytes(bad)
+        with pytest.raises(ValueError, match=r"index\.json is missing or damaged"):
+            ShardDataset(copy)
+
+
+def test_not_a_shard_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no folder .*nowhere; build one with: ldm data build"):
+        ShardDataset(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"not a shard folder; build one with: ldm data build"):
+        ShardDataset(tmp_path)
+
+
+def test_zero_samples(tmp_path: Path) -> None:
+    write_index(tmp_path, Info(0, 0, None, "png", {}, ()))
+    with pytest.raises(ValueError, match="holds no samples"):
+        ShardDataset(tmp_path)
+
+
+def test_other_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.shards.VERSION", 99)
+        write_index(tmp_path, Info(0, 0, None, "png", {}, ()))
+    with pytest.raises(ValueError, match="ldm-shards version 99; this program reads ldm-shards version 1"):
+        ShardDataset(tmp_path)

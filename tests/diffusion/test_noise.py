@@ -1,0 +1,135 @@
+import pytest
+import torch
+
+from ldm.diffusion.noise import SPACINGS, FlowSchedule, ImageNoise, discrete
+
+SD = ("scaled_linear", 1000, 0.00085, 0.012)
+DISCRETE = [SD, ("linear", 1000, 1e-4, 0.02), ("cosine", 1000, 0.0, 0.0)]
+
+
+def test_stable_diffusion_values():
+    alpha_bar = discrete(*SD).alpha_bar
+    expected = torch.tensor([0.99915, 0.998296, 0.2763327, 0.0046601], dtype=torch.float64)
+    assert (alpha_bar[[0, 1, 500, 999]] - expected).abs().max() < 1e-7
+    sigma_over_alpha = ((1 - alpha_bar) / alpha_bar).sqrt()
+    assert sigma_over_alpha[0] == pytest.approx(0.0291672, abs=1e-7)
+    assert sigma_over_alpha[-1] == pytest.approx(14.614641, abs=1e-6)
+
+
+def test_cosine_follows_its_formula_until_the_clip():
+    alpha_bar = discrete(*DISCRETE[2]).alpha_bar
+    time = (torch.arange(1001, dtype=torch.float64) / 1000 + 0.008) / 1.008 * torch.pi / 2
+    exact = torch.cos(time) ** 2 / torch.cos(time[0]) ** 2
+    assert (alpha_bar[:990] - exact[1:991]).abs().max() < 1e-12
+    assert alpha_bar[-1] / alpha_bar[-2] == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("kind", DISCRETE)
+def test_discrete_schedules_preserve_variance(kind):
+    level = discrete(*kind).at(torch.arange(1000))
+    assert level.alpha.dtype == torch.float64
+    assert (level.alpha**2 + level.sigma**2 - 1).abs().max() < 1e-15
+    assert (level.alpha.diff() < 0).all()
+
+
+def test_at_interpolates_between_whole_steps():
+    schedule = discrete(*SD)
+    assert schedule.at(3).alpha ** 2 == pytest.approx(schedule.alpha_bar[3].item())
+    assert schedule.at(3.25).alpha ** 2 == pytest.approx(torch.lerp(*schedule.alpha_bar[3:5], 0.25).item())
+    assert schedule.at(999).t == 999
+
+
+@pytest.mark.parametrize(("schedule", "t"), [(discrete(*SD), 1000), (discrete(*SD), -1), (FlowSchedule(), 1000.5)])
+def test_at_refuses_t_outside(schedule, t):
+    with pytest.raises(ValueError, match=r"t must be in 0\.\.(999|1000), got"):
+        schedule.at(t)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("total", [1000, 37])
+def test_discrete_trajectory_has_exactly_the_steps_asked_for(spacing, total):
+    schedule = discrete("scaled_linear", total, 0.00085, 0.012)
+    for steps in range(1, total + 1):
+        levels = schedule.trajectory(steps, spacing)
+        assert len(levels.t) == len(levels.alpha) == len(levels.sigma) == steps + 1
+        assert levels.t.max() <= total - 1 and levels.t.min() >= 0
+        assert (levels.t == levels.t.round()).all()
+        assert (levels.alpha.diff() > 0).all() and (levels.sigma.diff() < 0).all()
+
+
+def test_leading_is_stable_diffusions():
+    schedule = discrete(*SD)
+    levels = schedule.trajectory(50, "leading")
+    assert levels.t.tolist() == [*range(981, 0, -20), 0]
+    assert levels.alpha[-1] ** 2 == pytest.approx(0.99915)
+    for steps in (n for n in range(1, 1000) if 1000 % n == 0):
+        expected = [k * (1000 // steps) + 1 for k in reversed(range(steps))]
+        assert schedule.trajectory(steps, "leading").t[:-1].tolist() == expected
+
+
+def test_trailing_and_linspace_meet_their_ends():
+    schedule = discrete(*SD)
+    assert schedule.trajectory(50, "trailing").t[:-1].tolist() == list(range(999, 0, -20))
+    assert schedule.trajectory(4, "linspace").t[:-1].tolist() == [999, 666, 333, 0]
+    for spacing in ("trailing", "linspace"):
+        for steps in (1, 7, 50, 1000):
+            levels = schedule.trajectory(steps, spacing)
+            assert levels.t[0] == 999 and levels.alpha[-1] == 1 and levels.sigma[-1] == 0
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_trajectory_runs_from_pure_noise_to_clean(spacing, shift):
+    for steps in (1, 2, 3, 50, 1000, 2000):
+        levels = FlowSchedule(shift).trajectory(steps, spacing)
+        assert len(levels.t) == steps + 1
+        assert levels.alpha[0] == 0 and levels.sigma[0] == 1 and levels.t[0] == 1000
+        assert levels.alpha[-1] == 1 and levels.sigma[-1] == 0 and levels.t[-1] == 0
+        assert (levels.sigma.diff() < 0).all()
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_impossible_steps_are_refused(steps):
+    with pytest.raises(ValueError, match=rf"steps must be in 1\.\.1000 .* got {steps}"):
+        discrete(*SD).trajectory(steps, "trailing")
+    if steps < 1:
+        with pytest.raises(ValueError, match="at least 1"):
+            FlowSchedule().trajectory(steps, "trailing")
+
+
+def test_unknown_words_are_refused_with_a_hint():
+    with pytest.raises(ValueError, match="did you mean 'trailing'"):
+        discrete(*SD).trajectory(10, "trailling")
+    with pytest.raises(ValueError, match="leading"):
+        FlowSchedule().trajectory(10, "leading")
+    with pytest.raises(ValueError, match="did you mean 'cosine'"):
+        discrete("cosin", 1000, 0.1, 0.2)
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.1), (0.2, 0.1), (0.1, 1.0)])
+def test_impossible_betas_are_refused(betas):
+    with pytest.raises(ValueError, match="0 < start <= end < 1"):
+        discrete("linear", 1000, *betas)
+
+
+def test_sample_covers_every_discrete_level_once():
+    schedule = discrete(*SD)
+    assert schedule.sample((torch.arange(1000) + 0.5) / 1000).t.tolist() == list(range(1000))
+    ends = schedule.sample(torch.tensor([0.0, 1 - 2**-24]))
+    assert ends.t.tolist() == [0, 999] and ends.alpha.shape == (2,)
+
+
+def test_shift_is_the_published_formula_and_at_agrees_with_sample():
+    u = torch.rand(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    level = FlowSchedule(shift=3.0).sample(u)
+    assert torch.allclose(level.sigma, 3 * u / (1 + 2 * u)) and torch.allclose(level.alpha, 1 - level.sigma)
+    again = FlowSchedule(shift=3.0).at(level.t)
+    assert torch.allclose(again.sigma, level.sigma)
+
+
+def test_image_noise_depends_on_its_own_seed_alone():
+    together, alone = ImageNoise([7, 3, 7], (4, 2, 2)), ImageNoise([3], (4, 2, 2))
+    for _ in range(3):
+        batch = together()
+        assert torch.equal(batch[1:2], alone()) and torch.equal(batch[0], batch[2])
+    assert not torch.equal(batch, together())

@@ -1,0 +1,184 @@
+import math
+
+import pytest
+import torch
+
+from ldm.diffusion.noise import SPACINGS, FlowSchedule, discrete
+from ldm.diffusion.samplers import SAMPLERS, ddim, ddpm, euler, heun, plms, sampler
+
+SD = discrete("scaled_linear", 1000, 0.00085, 0.012)
+
+
+def last(steps):
+    return list(steps)[-1].x
+
+
+def noise_like(x, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(x.shape, dtype=x.dtype, generator=generator)
+
+
+@pytest.mark.parametrize(("take", "order"), [(ddim, 1), (euler, 1), (heun, 2), (plms, 2)])
+def test_order_of_convergence(gaussian, x, take, order):
+    """Halving the step divides the error by 2^order, on a smooth stretch of the flow away from both ends."""
+    errors = []
+    for steps in (80, 160):
+        levels = FlowSchedule().at(torch.linspace(900, 50, steps + 1, dtype=torch.float64))
+        end = last(take(gaussian.denoise, x, levels))
+        errors.append((end - gaussian.end(x, levels[0], levels[steps])).abs().max().item())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.05)
+
+
+@pytest.mark.parametrize(("name", "bound"), [("ddim", 0.15), ("euler", 0.15), ("heun", 0.02), ("plms", 4e-3)])
+@pytest.mark.parametrize("schedule", [FlowSchedule(), FlowSchedule(3.0)])
+def test_flow_from_pure_noise_to_clean_reaches_the_exact_end(gaussian, x, name, bound, schedule):
+    levels = schedule.trajectory(40, "trailing")
+    end = last(sampler(name)(gaussian.denoise, x, levels))
+    assert (end - gaussian.end(x, levels[0], levels[40])).abs().max() < bound
+
+
+def test_plms_survives_a_start_of_almost_pure_noise(gaussian, x):
+    """alpha = 5e-5: eps extrapolated over 1 / alpha would be off by 20."""
+    levels = discrete("cosine", 1000, 0.0, 0.0).trajectory(10, "trailing")
+    assert (last(plms(gaussian.denoise, x, levels)) - gaussian.end(x, levels[0], levels[10])).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_exactly_n_finite_steps_for_every_n(gaussian, x, name):
+    x = x[:1]
+    for schedule, spacing in [*((SD, s) for s in SPACINGS), (FlowSchedule(), "trailing")]:
+        for steps in (1, 2, 3, 4, 5, 7, 30, 50, 333, 1000):
+            levels = schedule.trajectory(steps, spacing)
+            taken = list(sampler(name)(gaussian.denoise, x, levels, noise=noise_like(x)))
+            assert [step.index for step in taken] == list(range(steps))
+            assert all(step.x.isfinite().all() and step.x0.isfinite().all() for step in taken)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "heun"])
+def test_the_last_step_to_clean_is_the_estimate(gaussian, x, name, spacing):
+    *_, step = sampler(name)(gaussian.denoise, x, SD.trajectory(9, spacing), noise=noise_like(x))
+    assert torch.allclose(step.x, step.x0)
+
+
+@pytest.mark.parametrize("schedule", [SD, FlowSchedule()])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_samples_have_the_mean_and_spread_of_the_data(gaussian, schedule, eta):
+    levels = schedule.trajectory(250, "trailing")
+    generator = torch.Generator().manual_seed(0)
+    x = levels.sigma[0] * torch.randn(1, 1, 200, 200, dtype=torch.float64, generator=generator)
+    x = x + levels.alpha[0] * (gaussian.mu + gaussian.s * noise_like(x, 2)())
+    take = ddpm if eta == 1 else sampler("ddim", eta=eta)
+    images = last(take(gaussian.denoise, x, levels, noise=noise_like(x)))
+    assert images.mean().item() == pytest.approx(gaussian.mu, abs=0.012)
+    assert images.std().item() == pytest.approx(gaussian.s, rel=0.04)
+
+
+def test_ddpm_draws_from_the_exact_posterior(x):
+    """Told the true x0, one step is q(x_below | x, x0) of Ho et al. 2020, eq. 6 and 7, written in their betas."""
+    truth = torch.full_like(x, 0.4)
+    levels = SD.at(torch.tensor([500.0, 499.0]))
+    bar, bar_below = SD.alpha_bar[500], SD.alpha_bar[499]
+    alpha = bar / bar_below
+    beta = 1 - alpha
+    mean = bar_below.sqrt() * beta / (1 - bar) * truth + alpha.sqrt() * (1 - bar_below) / (1 - bar) * x
+    variance = (1 - bar_below) / (1 - bar) * beta
+    step = last(ddpm(lambda x, level: truth, x, levels, noise=lambda: torch.ones_like(x)))
+    assert (step - mean - variance.sqrt()).abs().max() < 1e-12
+
+
+def test_ddpm_is_ddim_at_eta_one(gaussian, x):
+    levels = SD.trajectory(20, "leading")
+    ancestral = last(ddpm(gaussian.denoise, x, levels, noise=noise_like(x)))
+    assert torch.equal(ancestral, last(ddim(gaussian.denoise, x, levels, eta=1.0, noise=noise_like(x))))
+
+
+def network(x, t):
+    """A made-up eps network, as nonlinear as a real one."""
+    return torch.sin(1.7 * x + t / 300) + 0.1 * x.flip(-1)
+
+
+def x0_of_network(x, level):
+    return (x - level.sigma * network(x, level.t)) / level.alpha
+
+
+def compvis(x, steps, *, eta=0.0, linear_multistep=False, noise=None):
+    """DDIM and PLMS from the papers alone: eps, a table of alpha_bar, and Stable Diffusion's timesteps."""
+    stride = 1000 // steps
+    times = [1 + k * stride for k in range(steps)]
+    bars = [SD.alpha_bar[t] for t in times]
+    bars_before = [SD.alpha_bar[0], *bars[:-1]]
+
+    def transfer(x, eps, k):
+        bar, before = bars[k], bars_before[k]
+        spread = eta * ((1 - before) / (1 - bar) * (1 - bar / before)).sqrt()
+        x0 = (x - (1 - bar).sqrt() * eps) / bar.sqrt()
+        x = before.sqrt() * x0 + (1 - before - spread**2).sqrt() * eps
+        return x + spread * noise() if eta else x
+
+    old = []
+    for k in reversed(range(steps)):
+        eps = network(x, times[k])
+        if not linear_multistep:
+            mixed = eps
+        elif len(old) == 0:
+            mixed = (eps + network(transfer(x, eps, k), times[max(k - 1, 0)])) / 2
+        elif len(old) == 1:
+            mixed = (3 * eps - old[-1]) / 2
+        elif len(old) == 2:
+            mixed = (23 * eps - 16 * old[-1] + 5 * old[-2]) / 12
+        else:
+            mixed = (55 * eps - 59 * old[-1] + 37 * old[-2] - 9 * old[-3]) / 24
+        x = transfer(x, mixed, k)
+        old.append(eps)
+    return x
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_equal_to_stable_diffusions_samplers(x, steps):
+    levels = SD.trajectory(steps, "leading")
+    assert (last(ddim(x0_of_network, x, levels)) - compvis(x, steps)).abs().max() < 1e-10
+    assert (last(euler(x0_of_network, x, levels)) - compvis(x, steps)).abs().max() < 1e-10
+    expected = compvis(x, steps, linear_multistep=True)
+    assert (last(plms(x0_of_network, x, levels)) - expected).abs().max() < 1e-10
+    for eta in (0.5, 1.0):
+        expected = compvis(x, steps, eta=eta, noise=noise_like(x))
+        ours = last(ddim(x0_of_network, x, levels, eta=eta, noise=noise_like(x)))
+        assert (ours - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_evaluations_of_the_network(gaussian, x, name):
+    asked = []
+
+    def denoise(x, level):
+        asked.append(level)
+        return gaussian.denoise(x, level)
+
+    last(sampler(name)(denoise, x, SD.trajectory(10, "trailing"), noise=noise_like(x)))
+    assert len(asked) == {"plms": 11, "heun": 19}.get(name, 10)
+    assert all(level.sigma > 0 for level in asked)
+
+
+def test_the_caller_owns_the_loop(gaussian, x):
+    asked = []
+
+    def denoise(x, level):
+        asked.append(level)
+        return gaussian.denoise(x, level)
+
+    steps = ddim(denoise, x, SD.trajectory(10, "trailing"))
+    next(steps), next(steps)
+    steps.close()
+    assert len(asked) == 2
+
+
+def test_bad_requests_are_refused(gaussian, x):
+    with pytest.raises(ValueError, match=r"did you mean 'ddim'.*ddim, ddpm, euler, heun, plms"):
+        sampler("dimm")
+    with pytest.raises(ValueError, match="eta is for sampler 'ddim' alone"):
+        sampler("plms", eta=0.3)
+    with pytest.raises(ValueError, match=r"eta must be in 0\.\.1, got 2"):
+        sampler("ddim", eta=2)
+    with pytest.raises(ValueError, match="no source of noise"):
+        last(ddpm(gaussian.denoise, x, SD.trajectory(5, "trailing")))
