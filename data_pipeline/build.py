@@ -202,16 +202,16 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
         shards.write_atomically(path, shards.seal(plan))
         return
     found = shards.unseal(path)
-    if plan["content"] != found.get("content"):
-        raise ValueError(
-            f"the source changed since the build in {out} began; delete that folder, or choose another"
-        )
-    for name in sorted(plan.keys() | found.keys()):
+    for name in sorted((plan.keys() | found.keys()) - {"content"}):
         if plan.get(name) != found.get(name):
             raise ValueError(
                 f"{out} holds a different build ({name}: {found.get(name)} there, {plan.get(name)} asked); "
                 "choose another folder, or delete that one"
             )
+    if plan["content"] != found.get("content"):
+        raise ValueError(
+            f"the source changed since the build in {out} began; delete that folder, or choose another"
+        )
 
 
 def _is_complete(out: Path, number: int) -> bool:

@@ -27,7 +27,7 @@ def load_config(schema: type[T], files: Sequence[str | Path], overrides: Sequenc
     `kind:` names, so a file can choose among known classes and never import one.
     Unknown keys, wrong types and missing values raise ValueError, one line each.
     """
-    raw = OmegaConf.create({})
+    raw: Any = OmegaConf.create({})
     try:
         for file in files:
             raw = OmegaConf.merge(raw, _read_yaml(Path(file)))
@@ -46,8 +46,7 @@ def load_config(schema: type[T], files: Sequence[str | Path], overrides: Sequenc
         key = getattr(error, "full_key", None) or str(error).splitlines()[0]
         raise ValueError(f"config: {key!r} must be given") from error
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        where = f" (at {key!r})" if key else ""
+        where = f" (at {error.full_key!r})" if getattr(error, "full_key", None) else ""
         raise ValueError(f"config: {str(error).splitlines()[0]}{where}") from error
     except TypeError as error:
         # OmegaConf's answer to `a.0=x` where the schema holds a list: a list is given whole.

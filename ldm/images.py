@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def save_png(
     if settings is not None:
         chunks.add_text("parameters", format_parameters(settings))
         chunks.add_text("ldm", json.dumps(settings, ensure_ascii=False))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         image.save(partial, "PNG", pnginfo=chunks)
         if overwrite:

@@ -31,7 +31,9 @@ def pairs(prompts: Sequence[str], count: int = 1, seed: int = 0) -> tuple[tuple[
 class Request:
     """What to draw: one image per (prompt, seed). Raises ValueError, saying what is allowed, when made.
 
-    Image i depends on its own prompt and seed, not on what else is asked for.
+    Image i depends on its own prompt and seed, not on what else is asked for. On one machine that holds to the
+    byte at batch 1; in larger batches torch may sum in another order, which moves values by some 1e-6 and now
+    and then a pixel by 1 of 255.
     """
 
     prompts: tuple[str, ...]

@@ -58,9 +58,7 @@ class Conditioning:
                 return tuple(torch.cat(group) for group in zip(*values, strict=True))
             return torch.cat(values)
 
-        return Conditioning(
-            **{f.name: join([getattr(p, f.name) for p in parts]) for f in fields(Conditioning)}
-        )
+        return Conditioning(**{f.name: join([getattr(p, f.name) for p in parts]) for f in fields(Conditioning)})
 
 
 class Denoiser(Protocol):

@@ -69,7 +69,7 @@ def test_grid_places_every_image():
     ],
 )
 def test_impossible_grids_are_refused(images, settings):
-    with pytest.raises(ValueError, match="grid needs images of one size|must be >= 1"):
+    with pytest.raises(ValueError, match=r"grid needs images of one size|must be >= 1"):
         grid(images, **settings)
 
 
@@ -130,7 +130,7 @@ def test_files_without_settings(tmp_path):
     save_png(picture(), tmp_path / "a.png")
     assert read_settings(tmp_path / "a.png") == {}
     (tmp_path / "b.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="b.png is not a PNG file"):
+    with pytest.raises(ValueError, match=r"b\.png is not a PNG file"):
         read_settings(tmp_path / "b.png")
 
 

@@ -90,10 +90,13 @@ def newest_valid(checkpoints: Path) -> Path | None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
-    """Write tensors as safetensors; `metadata` is stored as JSON in its header, under the key `ldm`."""
+    """Write tensors as safetensors; `metadata` is stored as JSON in its header, under the key `ldm`.
+
+    The only key: safetensors writes several in random order, and equal runs must give equal bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(plain, path, metadata={"format": "pt", "ldm": json.dumps(metadata or {}, sort_keys=True)})
+    save_file(plain, path, metadata={"ldm": json.dumps(metadata or {}, sort_keys=True)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -51,11 +51,8 @@ def build(
     source: Annotated[str, typer.Argument(help="shapes, emoji, or a folder of pictures with captions")],
     out: Annotated[Path, typer.Argument(help="the shard folder to make")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value for the source, see above")] = None,
-    size: Annotated[
-        int | None, typer.Option(help="pixels a side; without it pictures keep their size")
-    ] = None,
+    size: Annotated[int | None, typer.Option(help="pixels a side; without it pictures keep their size")] = None,
     workers: Annotated[int, typer.Option(help="processes; the shards are the same for any number")] = 0,
-    samples_per_shard: Annotated[int, typer.Option(help="source samples in one tar file")] = 500,
     image_format: Annotated[str, typer.Option(help="png (lossless), jpg or webp")] = "png",
     quality: Annotated[int, typer.Option(help="1 to 100, for jpg and webp")] = 95,
 ) -> None:
@@ -67,7 +64,7 @@ def build(
     Example: ldm data build emoji data/emoji --size 64 --workers 2 split=train
     """
     opened, stored_size = open_source(source, settings or [], size)
-    config = BuildConfig(stored_size, workers, samples_per_shard, image_format, quality)
+    config = BuildConfig(stored_size, workers, image_format=image_format, quality=quality)
     report = build_shards(opened, config, out, _bar() if sys.stderr.isatty() else _lines())
     typer.echo(f"{out}\n{report}")
 
@@ -75,9 +72,7 @@ def build(
 @app.command(no_args_is_help=True)
 def info(
     path: Annotated[Path, typer.Argument(help="a shard folder")],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="read every byte and compare with the hashes")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read every byte and compare with the hashes")] = False,
 ) -> None:
     """Say what a shard folder holds. Fails, naming them, when files are missing or damaged.
 

@@ -17,7 +17,7 @@ GRID_IMAGES = 64  # as many as one can look at; the rest are in their files
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A run folder or a model folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder or a model folder.")],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, each in quotes.")],
     negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
     count: Annotated[int, typer.Option(help="Images per prompt; the k-th uses seed + k.")] = 1,

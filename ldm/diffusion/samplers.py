@@ -103,10 +103,10 @@ ADAMS_BASHFORTH = (
 
 
 def plms(denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: Noise | None = None) -> Iterator[Step]:
-    """Pseudo linear multistep (Liu et al. 2022, section 3.3): DDIM steps by eps extrapolated from the last 4.
+    """Pseudo linear multistep (PLMS, Liu et al. 2022): DDIM steps by eps extrapolated from the last 4.
 
     Starts with one pseudo improved Euler step, as Stable Diffusion does: N steps take N + 1 evaluations. Second
-    order, because the weights are those of equal strides and the levels are not (theorem 3.2 there).
+    order, as in the paper: the weights are those of equal strides, and in sigma / alpha the levels have none.
     """
     past: list[Tensor] = []  # eps of the steps before, newest first
     for index, level, below in _pairs(levels):

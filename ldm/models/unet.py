@@ -65,13 +65,36 @@ class UNetLayer(nn.Module):
         return x if self.transformer is None else self.transformer(x, cond.context, cond.mask)
 
 
-class UNetLevel(nn.Module):
-    """The layers of one resolution, and the change to the next one (absent at the ends)."""
+class DownLevel(nn.Module):
+    """The layers of one resolution going down, then the halving (absent at the lowest)."""
 
     def __init__(self, layers: list[UNetLayer], resample: nn.Module | None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.resample = resample
+
+    def forward(self, h: Tensor, emb: Tensor, cond: Conditioning) -> list[Tensor]:
+        """Every feature map made on the way, in order; the last one goes on down."""
+        made = []
+        for layer in self.layers:
+            h = layer(h, emb, cond)
+            made.append(h)
+        return made if self.resample is None else [*made, self.resample(h)]
+
+
+class UpLevel(nn.Module):
+    """The layers of one resolution going up, each joined by a skip connection, then the doubling."""
+
+    def __init__(self, layers: list[UNetLayer], resample: nn.Module | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.resample = resample
+
+    def forward(self, h: Tensor, skips: list[Tensor], emb: Tensor, cond: Conditioning) -> Tensor:
+        """Takes its skip connections off the end of `skips`."""
+        for layer in self.layers:
+            h = layer(torch.cat([h, skips.pop()], dim=1), emb, cond)
+        return h if self.resample is None else self.resample(h)
 
 
 class UNet(nn.Module):
@@ -100,7 +123,7 @@ class UNet(nn.Module):
                 layers.append(UNetLayer(config, width, out, depth))
                 width = out
                 skips.append(out)
-            self.down.append(UNetLevel(layers, Downsample(out) if i < last else None))
+            self.down.append(DownLevel(layers, Downsample(out) if i < last else None))
             if i < last:
                 skips.append(out)
 
@@ -113,10 +136,15 @@ class UNet(nn.Module):
             for _ in range(config.blocks + 1):
                 layers.append(UNetLayer(config, width + skips.pop(), out, config.depths[i]))
                 width = out
-            self.up.append(UNetLevel(layers, Upsample(out) if i > 0 else None))
+            self.up.append(UpLevel(layers, Upsample(out) if i > 0 else None))
 
         self.norm_out = nn.GroupNorm(config.norm_groups, width)
         self.conv_out = zero_init(nn.Conv2d(width, config.out_channels, 3, padding=1))
+
+    @property
+    def factor(self) -> int:
+        """H and W of x must be multiples of this."""
+        return 2 ** (len(self.config.multipliers) - 1)
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         emb = self.time(timestep_embedding(t, self.config.channels).to(x.dtype))  # [B, 4 C]
@@ -125,25 +153,16 @@ class UNet(nn.Module):
             emb = emb + self.pooled(cond.pooled)
         x = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
 
-        h = self.conv_in(x)
-        skips = [h]
+        skips = [self.conv_in(x)]
         for level in self.down:
-            for layer in level.layers:
-                h = layer(h, emb, cond)
-                skips.append(h)
-            if level.resample is not None:
-                h = level.resample(h)
-                skips.append(h)
+            skips += level(skips[-1], emb, cond)
 
-        h = self.middle_out(self.middle(h, emb, cond), emb, cond)
+        h = self.middle_out(self.middle(skips[-1], emb, cond), emb, cond)
         if cond.control:  # one map per skip connection in the order they were made, then the middle
             *maps, middle = cond.control
             skips = [skip + extra for skip, extra in zip(skips, maps, strict=True)]
             h = h + middle
 
         for level in self.up:
-            for layer in level.layers:
-                h = layer(torch.cat([h, skips.pop()], dim=1), emb, cond)
-            if level.resample is not None:
-                h = level.resample(h)
+            h = level(h, skips, emb, cond)
         return self.conv_out(F.silu(self.norm_out(h)))

@@ -49,14 +49,13 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    options = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.kind == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise ValueError("optimizer 'adamw8bit' needs bitsandbytes: pip install 'ldm[gpu]'") from error
-        return AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
+        return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from data_pipeline.build import BuildConfig, build
 from data_pipeline.sources import Sample
 from data_pipeline.sources.shapes import draw, parse
 from ldm.cli.evaluate import app
-from ldm.evaluation import report
 from ldm.evaluation.report import Gallery, Sampling, evaluate_emoji, evaluate_shapes
 from ldm.images import to_tensor
 from ldm.pipeline import Request
@@ -87,7 +87,7 @@ def test_wrong_counts_and_sizes_are_refused() -> None:
 
 
 def emoji(name: str, seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng(sum(map(ord, name)))
+    rng = np.random.default_rng(list(name.encode()))
     blocks = rng.integers(0, 256, (8, 8, 3), np.uint8)
     return Image.fromarray(blocks.repeat(4, 0).repeat(4, 1))
 
@@ -105,26 +105,24 @@ class Pictures:
         return Sample(f"p{index}", emoji(self.names[index]), (self.names[index],), {})
 
 
-@pytest.fixture
-def galleries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shard folders `seen` (30 names, one twice) and `new` (10 others)."""
-    names = {"seen": [f"face {i}" for i in range(30)] + ["face 0"], "new": [f"hand {i}" for i in range(10)]}
-
-    def load(path: Path, size: int) -> Gallery:
-        return Gallery(torch.stack([to_tensor(emoji(name)) for name in names[path.name]]), names[path.name])
-
-    monkeypatch.setattr(report, "load_gallery", load)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Shard folders of 30 faces, one of them twice, and of 10 hands."""
+    seen, new = tmp_path_factory.mktemp("seen"), tmp_path_factory.mktemp("new")
+    build(Pictures([f"face {i}" for i in range(30)] + ["face 0"]), BuildConfig(size=32), seen)
+    build(Pictures([f"hand {i}" for i in range(10)]), BuildConfig(size=32), new)
+    return seen, new
 
 
-def test_emoji_by_name(galleries: None, tmp_path: Path) -> None:
+def test_emoji_by_name(folders: tuple[Path, Path], tmp_path: Path) -> None:
     artist: Any = Artist(lambda name, seed: emoji(name.replace("hand", "face")))
-    result = evaluate_emoji(artist, Sampling(), Path("seen"), Path("new"), 20, tmp_path)
+    result = evaluate_emoji(artist, Sampling(), *folders, 20, tmp_path)
     assert (result["train"]["images"], result["heldout"]["images"]) == (20, 10)
     assert result["train"]["top1"] == 1.0 and result["heldout"]["top1"] == 0.0
     assert result["heldout"]["reconstructed"] == {"top1": 1.0, "top5": 1.0}
     assert json.loads((tmp_path / "scores.json").read_text()) == result
     assert (tmp_path / "heldout.png").exists() and (tmp_path / "train-real.png").exists()
-    assert "heldout" not in evaluate_emoji(artist, Sampling(), Path("seen"), count=3)
+    assert "heldout" not in evaluate_emoji(artist, Sampling(), folders[0], count=3)
 
 
 def test_a_sample_of_a_gallery_has_different_names() -> None:
@@ -134,14 +132,15 @@ def test_a_sample_of_a_gallery_has_different_names() -> None:
     assert len(gallery.sample(2, np.random.default_rng(0)).names) == 2
 
 
-def test_commands_print_a_table(galleries: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_print_a_table(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ldm.cli.evaluate.load", lambda model: Artist(good))
     told = CliRunner().invoke(app, ["shapes", "model", "--count", "6", "--steps", "3"])
     assert told.exit_code == 0, told.output
     assert [line.split()[0] for line in told.output.splitlines()[1:5]] == ["heldout", "seen", "reconstructed", "real"]
     assert "100.0" in told.output
+    seen, new = folders
     monkeypatch.setattr("ldm.cli.evaluate.load", lambda model: Artist(emoji))
-    told = CliRunner().invoke(app, ["emoji", "model", "seen", "--heldout", "new", "--count", "4"])
+    told = CliRunner().invoke(app, ["emoji", "model", str(seen), "--heldout", str(new), "--count", "4"])
     assert told.exit_code == 0 and told.output.splitlines()[2].split()[:2] == ["heldout", "4"]
 
 
