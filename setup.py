@@ -24,7 +24,7 @@ setup(
         "data": ["fonttools>=4.50"],
         "eval": ["torchmetrics>=1.9"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-        "dev": ["pytest>=9", "pytest-timeout", "ruff", "mypy"],
+        "dev": ["pytest>=9", "pytest-timeout", "pytest-xdist", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["ldm = ldm.cli.main:main"]},
 )
