@@ -30,7 +30,7 @@ SHAPES = ("circle", "square", "triangle")
 SIZES = {"small": 6, "large": 9}  # width and height in grid units
 HELD_OUT = (("red", "square"), ("blue", "triangle"), ("yellow", "circle"))
 SPLITS = ("train", "heldout", "all")
-MIX = {1: 0.3, 2: 0.4, 3: 0.3}  # share of scenes with that many objects
+MIX = {1: 0.4, 2: 0.4, 3: 0.2}  # share of scenes with that many objects
 
 # relation -> its captions, the canonical one first; `{}` stands for "small red circle" and the like.
 # The same table writes captions and parses them.

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -214,5 +213,4 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def describe(config: RunConfig) -> str:
     """What `--dry-run` prints: the resolved config, then the summary. Writes nothing."""
     dataset, task = build(config)
-    with torch.random.fork_rng():
-        return f"{to_yaml(config)}\n{summary(config, dataset, task)}"
+    return f"{to_yaml(config)}\n{summary(config, dataset, task)}"
