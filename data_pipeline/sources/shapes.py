@@ -6,6 +6,7 @@ ones 9, so that even three large ones fit in a row with gaps between them. Whole
 
 import re
 from dataclasses import dataclass
+from math import floor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from PIL import Image
 from data_pipeline.sources import Sample
 
 GRID = 32
+JITTER = 3  # units that an object may lie off its place, at the most
 GAP = 2  # empty units between two objects of a scene, at the least
 BACKGROUND = (248, 246, 240)
 # Black is the sixth colour because it keeps the distance to the other five and to their blends with the
@@ -177,15 +179,17 @@ def coverage(shape: str, corner: tuple[float, float], diameter: float, size: int
 def layout(scene: Scene, rng: np.random.Generator) -> list[tuple[int, int]]:
     """Where to put the objects, in the order of `scene.along()`: left and top of each, in grid units.
 
-    Along the axis at least GAP units lie between two objects; across it their centres differ by less than 3.
+    They share the axis evenly, each moved by JITTER at most; at least GAP units lie between two. Across the axis
+    they lie near the middle, their centres less than 3 apart.
     """
     sides = [SIZES[thing.size] for thing in scene.along()]
-    room = GRID - sum(sides) - GAP * (len(sides) - 1)
-    margin = 1 if room >= 2 else 0  # three large objects need the whole width
-    shifts = np.sort(rng.integers(0, room - 2 * margin + 1, len(sides)))
-    starts = [margin + int(shifts[i]) + sum(sides[:i]) + GAP * i for i in range(len(sides))]
-    reach = max(sides) / 2 + 2  # room for the jitter of one unit and a margin of one
-    line = rng.uniform(reach, GRID - reach)
+    slack = (GRID - sum(sides) - GAP * (len(sides) - 1)) / (len(sides) + 1)  # before, between and after them
+    reach = min(JITTER, slack / 2)  # two neighbours that move towards each other use up one slack
+    starts = []
+    for i in range(len(sides)):
+        start = slack * (i + 1) + sum(sides[:i]) + GAP * i + rng.uniform(-reach, reach)
+        starts.append(floor(start + 0.5))  # not round(): halves must all go the same way to keep the gap
+    line = GRID / 2 + rng.uniform(-JITTER, JITTER)
     across = [round(line - side / 2) + int(rng.integers(-1, 2)) for side in sides]
     corners = list(zip(starts, across, strict=True))
     return [(x, y) for y, x in corners] if scene.relation in VERTICAL else corners

@@ -115,14 +115,16 @@ class TextEncoder(nn.Module):
         self.tower.register_buffer("attn_mask", mask.triu_(1), persistent=False)
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
-        """B prompts -> Conditioning(context [B, L, width]) for a denoiser."""
+        """B prompts -> Conditioning(context [B, L, width], pooled [B, embed_dim]) for a denoiser.
+
+        pooled is the prompt's place in the joint image-text space, not scaled to unit length.
+        """
         ids = self.tokenize(prompts).to(self.tower.positional_embedding.device)
         if self.config.layer == "last":
-            return Conditioning(context=self.tower(ids)[1])
-        hidden = self.tower.forward_intermediates(
-            ids, indices=[-2], stop_early=True, normalize_intermediates=True, output_fmt="NLC"
-        )
-        return Conditioning(context=hidden["text_intermediates"][0])
+            pooled, context = self.tower(ids)
+            return Conditioning(context=context, pooled=pooled)
+        hidden = self.tower.forward_intermediates(ids, indices=[-2], normalize_intermediates=True, output_fmt="NLC")
+        return Conditioning(context=hidden["text_intermediates"][0], pooled=hidden["text_features"])
 
     def features(self, ids: Tensor) -> Tensor:
         """ids [B, L] -> unit vectors [B, embed_dim] of the joint image-text space."""

@@ -156,7 +156,7 @@ def test_mix_of_counts_and_relations() -> None:
     source = ShapesSource(ShapesConfig(count=1000))
     told = [parse(source[i].captions[0]) for i in range(1000)]
     counts = Counter(len(scene.objects) for scene in told)
-    assert counts[1] == pytest.approx(300, abs=60) and counts[2] == pytest.approx(400, abs=60)
+    assert counts[1] == pytest.approx(400, abs=60) and counts[2] == pytest.approx(400, abs=60)
     assert {scene.relation for scene in told} == {word for words in RELATIONS.values() for word in words}
     alone = ShapesSource(ShapesConfig(count=50, max_objects=1))
     assert all(alone[i].meta["objects"] == 1 for i in range(50))
