@@ -37,9 +37,10 @@ def commit(folder: Path) -> Iterator[Path]:
         write_json(stage / MANIFEST, manifest)
         for path in [*files, stage / MANIFEST, *(p for p in stage.rglob("*") if p.is_dir()), stage]:
             _fsync(path)
-        remove(folder)
+        doomed = _set_aside(folder)
         stage.rename(folder)
         _fsync(folder.parent)
+        shutil.rmtree(doomed, ignore_errors=True)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
@@ -47,11 +48,16 @@ def commit(folder: Path) -> Iterator[Path]:
 
 def remove(folder: Path) -> None:
     """Delete a folder so that a crash on the way leaves no half of it under its own name."""
+    shutil.rmtree(_set_aside(folder), ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Move `folder`, if there is one, to a name that nothing reads; returns that name."""
+    doomed = folder.parent / f".del-{folder.name}"
     if folder.exists():
-        doomed = folder.parent / f".del-{folder.name}"
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    return doomed
 
 
 def verify(folder: Path) -> None:

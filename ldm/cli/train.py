@@ -33,5 +33,6 @@ def train(
     if dry_run:
         typer.echo(describe(config))
     else:
-        run(config)
-        typer.echo(f"{config.out}: trained; the model is its newest checkpoint")
+        state = run(config)
+        if state.accelerator.is_main_process:
+            typer.echo(f"{config.out}: at step {state.step}; the model is its newest checkpoint")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.blocks import Downsample, ResidualBlock, SpatialTransformer, Upsample, zero_init
-from ldm.nn.embeddings import timestep_embedding
+from ldm.nn.embeddings import position_embedding, timestep_embedding
 from ldm.types import Conditioning
 
 
@@ -27,6 +27,7 @@ class UNetConfig:
     heads: int = 8  # attention heads, when head_dim is 0
     head_dim: int = 0  # channels per head instead of a fixed number of heads (Stable Diffusion 2: 64)
     linear_projection: bool = False
+    positions: bool = False  # tell every pixel where it is; else only the padding's edges do
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
@@ -153,7 +154,10 @@ class UNet(nn.Module):
             emb = emb + self.pooled(cond.pooled)
         x = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
 
-        skips = [self.conv_in(x)]
+        h = self.conv_in(x)
+        if self.config.positions:
+            h = h + position_embedding(h.shape[2], h.shape[3], h.shape[1]).to(h)
+        skips = [h]
         for level in self.down:
             skips += level(skips[-1], emb, cond)
 

@@ -89,7 +89,8 @@ def run(config: RunConfig) -> TrainState:
     with own_folder(out, config, main=accelerator.is_main_process):
         if config.init and not (out / "checkpoints").is_dir():
             start_from(task, config.init)
-        log.info("%s", summary(config, dataset, task))
+        if accelerator.is_main_process:
+            log.info("%s", summary(config, dataset, task))
 
         def batches(start: int) -> Iterator[Batch]:
             return iter(Loader(dataset, config.data, start=start, **loader_arguments))

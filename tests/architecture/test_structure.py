@@ -144,7 +144,9 @@ def within(name: str, area: str) -> bool:
 
 
 def layer(name: str) -> str:
-    return max((area for area in LAYERS if within(name, area) and (area != "ldm" or name == "ldm")), key=len, default="")
+    return max(
+        (area for area in LAYERS if within(name, area) and (area != "ldm" or name == "ldm")), key=len, default=""
+    )
 
 
 def targets(module: Module, modules: Modules) -> list[str]:
@@ -323,9 +325,7 @@ def test_the_code_keeps_the_rule(rule: Callable[[Modules], list[str]]) -> None:
 
 
 @pytest.mark.parametrize(("rule", "name", "source", "said"), PLANTED)
-def test_the_rule_notices_a_defect(
-    rule: Callable[[Modules], list[str]], name: str, source: str, said: str
-) -> None:
+def test_the_rule_notices_a_defect(rule: Callable[[Modules], list[str]], name: str, source: str, said: str) -> None:
     modules = read_all()
     before = rule(modules)
     old = modules[name].source + "\n" if name in modules else ""

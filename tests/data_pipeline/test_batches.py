@@ -73,10 +73,7 @@ def test_resumes_anywhere(dataset: ShardDataset, reference: list[Batch], start: 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_each_global_batch(dataset: ShardDataset, reference: list[Batch], world: int) -> None:
-    ranks = [
-        take(Loader(dataset, CONFIG, batch_size=8, seed=3, rank=rank, world=world), 12)
-        for rank in range(world)
-    ]
+    ranks = [take(Loader(dataset, CONFIG, batch_size=8, seed=3, rank=rank, world=world), 12) for rank in range(world)]
     for rank, batches in enumerate(ranks):
         assert same(batches, [b.split(world)[rank] for b in reference])
 
@@ -125,9 +122,7 @@ def test_pixels_map_to_the_whole_range() -> None:
     assert to_tensor(image).flatten().tolist() == pytest.approx([-1.0, -0.6, 1.0])
 
 
-def test_other_sizes(
-    source: FolderSource, dataset: ShardDataset, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_other_sizes(source: FolderSource, dataset: ShardDataset, tmp_path_factory: pytest.TempPathFactory) -> None:
     config = DataConfig("", size=8)
     assert take(Loader(dataset, config, batch_size=4, seed=0), 1)[0].image.shape == (4, 3, 8, 8)
     out = tmp_path_factory.mktemp("kept") / "out"
@@ -139,9 +134,7 @@ def test_other_sizes(
 
 
 def test_refusals(dataset: ShardDataset) -> None:
-    with pytest.raises(
-        ValueError, match=r"has 37 samples, fewer than one batch of 38; set batch_size to 37 or"
-    ):
+    with pytest.raises(ValueError, match=r"has 37 samples, fewer than one batch of 38; set batch_size to 37 or"):
         Loader(dataset, CONFIG, batch_size=38, seed=0)
     with pytest.raises(ValueError, match="batch_size=8 must be a positive multiple of the 3 processes"):
         Loader(dataset, CONFIG, batch_size=8, seed=0, world=3)
