@@ -41,9 +41,7 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         if self.size is not None and not 1 <= self.size <= 8192:
-            raise ValueError(
-                f"size={self.size}: allowed are 1 to 8192 pixels, or none to keep the original size"
-            )
+            raise ValueError(f"size={self.size}: allowed are 1 to 8192 pixels, or none to keep the original size")
         if self.workers < 0:
             raise ValueError(f"workers={self.workers}: allowed are 0 (work in this process) and more")
         if self.samples_per_shard < 1:
@@ -150,9 +148,7 @@ def _make_shards(source: Source, settings: BuildConfig, out: Path, numbers: list
         pool.shutdown(cancel_futures=True)
 
 
-_job: tuple[
-    Source, BuildConfig, Path
-]  # set in worker processes only: the source travels once, not once a shard
+_job: tuple[Source, BuildConfig, Path]  # set in worker processes only: the source travels once, not once a shard
 
 
 def _start_worker(source: Source, settings: BuildConfig, out: Path) -> None:
@@ -209,9 +205,7 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
                 "choose another folder, or delete that one"
             )
     if plan["content"] != found.get("content"):
-        raise ValueError(
-            f"the source changed since the build in {out} began; delete that folder, or choose another"
-        )
+        raise ValueError(f"the source changed since the build in {out} began; delete that folder, or choose another")
 
 
 def _is_complete(out: Path, number: int) -> bool:
@@ -235,9 +229,7 @@ def _collect(out: Path, count: int, report: Report) -> list[shards.ShardInfo]:
         for sample in index["samples"]:
             key = sample["key"]
             if key in seen:
-                raise ValueError(
-                    f"duplicate key {key!r} in {seen[key]}.tar and {name}.tar: keys must be unique"
-                )
+                raise ValueError(f"duplicate key {key!r} in {seen[key]}.tar and {name}.tar: keys must be unique")
             seen[key] = name
         if index["samples"]:
             infos.append(

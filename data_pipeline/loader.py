@@ -144,7 +144,5 @@ class _Decoded(TorchDataset[Batch]):
         position, index = place
         sample = self.dataset[index]
         rng = sample_rng(self.seed, position, "transform")
-        image, caption = transform(
-            sample, rng, size=self.size, flip=self.config.flip, caption=self.config.caption
-        )
+        image, caption = transform(sample, rng, size=self.size, flip=self.config.flip, caption=self.config.caption)
         return Batch(image[None], [caption], torch.tensor([position]), [sample.key])

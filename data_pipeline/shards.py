@@ -203,23 +203,17 @@ class ShardDataset:
         shard = bisect.bisect_right(self._ends, index)
         first = self._ends[shard] - self.info.shards[shard].samples
         sample = self._shard_samples(shard)[index - first]
-        parts = {
-            ext: self._read(shard, sample["key"], ext, place) for ext, place in sample["members"].items()
-        }
+        parts = {ext: self._read(shard, sample["key"], ext, place) for ext, place in sample["members"].items()}
         meta = json.loads(parts["json"])
         return RawSample(sample["key"], parts[self.info.image_format], tuple(meta.pop("captions")), meta)
 
     def damaged(self) -> list[str]:
         """Read every shard whole and name each file that is not as it was written; [] when all is well."""
         named = [
-            (name, digest)
-            for s in self.info.shards
-            for name, digest in ((s.file, s.sha256), (s.index, s.index_sha256))
+            (name, digest) for s in self.info.shards for name, digest in ((s.file, s.sha256), (s.index, s.index_sha256))
         ]
         return [
-            name
-            for name, digest in named
-            if not (self.path / name).exists() or file_sha256(self.path / name) != digest
+            name for name, digest in named if not (self.path / name).exists() or file_sha256(self.path / name) != digest
         ]
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ def load_config(schema: type[T], files: Sequence[str | Path], overrides: Sequenc
             key, equals, value = override.partition("=")
             if not equals or not key:
                 raise ValueError(f"an override is written key=value, not {override!r}")
-            OmegaConf.update(raw, key, yaml.safe_load(value), merge=True)
+            OmegaConf.update(raw, key, yaml.safe_load(value) if value else "", merge=True)
         if "${" in OmegaConf.to_yaml(raw):
             # A config may come from a stranger; resolvers such as oc.env would leak our environment into it.
             raise ValueError("'${...}' is not supported in configs")

@@ -31,9 +31,7 @@ TONES = {
 }
 HELD_OUT = 0.1  # of the skin-toned emoji
 _JOINER, _KEYCAP, _FLAGS = 0x200D, 0x20E3, {0x1F3F3, 0x1F3F4}
-_INSTALL = (
-    "get it with: apt-get install fonts-noto-color-emoji unicode-cldr-core, or give font=PATH cldr=PATH"
-)
+_INSTALL = "get it with: apt-get install fonts-noto-color-emoji unicode-cldr-core, or give font=PATH cldr=PATH"
 
 
 @dataclass(frozen=True)
@@ -220,9 +218,7 @@ def held_out(named: list[Emoji]) -> set[Emoji]:
             variants[emoji.base].append(emoji)
     held: set[Emoji] = set()
     for base, toned in variants.items():
-        share = (
-            len(toned) * HELD_OUT + _hash(base) / 2**64
-        )  # a random rounding, so that the shares average out
+        share = len(toned) * HELD_OUT + _hash(base) / 2**64  # a random rounding, so that the shares average out
         count = min(int(share), len(toned) - 1)
         held.update(sorted(toned, key=lambda e: _hash(e.text))[:count])
     return held

@@ -65,9 +65,7 @@ class FolderSource:
             if min(image.size) < self.config.min_side_px:
                 raise Rejected("too small", f"{image.width} x {image.height}")
         except Rejected as rejected:
-            raise Rejected(
-                rejected.reason, f"{name} ({rejected.detail})" if rejected.detail else name
-            ) from rejected
+            raise Rejected(rejected.reason, f"{name} ({rejected.detail})" if rejected.detail else name) from rejected
         meta = {"file": name, "width": image.width, "height": image.height}
         return Sample(file_key(name), image, captions, meta)
 

@@ -139,8 +139,7 @@ def parse(text: str) -> Scene:
                 triples = zip(parts[0::3], parts[1::3], parts[2::3], strict=True)
                 return Scene(tuple(Object(colour, shape, size) for size, colour, shape in triples), relation)
     raise ValueError(
-        f"not a caption of a drawn scene: {text!r}; write for example "
-        "'a small red circle above a large black square'"
+        f"not a caption of a drawn scene: {text!r}; write for example 'a small red circle above a large black square'"
     )
 
 
@@ -153,10 +152,7 @@ def coverage(shape: str, corner: tuple[float, float], diameter: float, size: int
     fine = 8  # samples per pixel and axis
     scale = size / GRID
     low = [max(0, int(np.floor(c * scale))) for c in corner]
-    high = [
-        max(low_, min(size, int(np.ceil((c + diameter) * scale))))
-        for c, low_ in zip(corner, low, strict=True)
-    ]
+    high = [max(low_, min(size, int(np.ceil((c + diameter) * scale)))) for c, low_ in zip(corner, low, strict=True)]
     u, v = (
         ((np.arange(a * fine, b * fine) + 0.5) / (fine * scale) - c) / diameter
         for a, b, c in zip(low, high, corner, strict=True)
