@@ -10,7 +10,7 @@ from ldm.models.clip import CLIP, ImageConfig, ImageEncoder
 from ldm.models.text import VOCABULARY, TextConfig, TextEncoder, Tokenizer
 from ldm.models.unet import UNet, UNetConfig
 from ldm.nn.blocks import Attention, ResidualBlock
-from ldm.nn.embeddings import timestep_embedding
+from ldm.nn.embeddings import position_embedding, timestep_embedding
 from ldm.types import Conditioning
 
 SMALL = dict(channels=16, multipliers=(1, 2), blocks=1, depths=(1, 0), context_dim=8, heads=2, norm_groups=4)
@@ -201,3 +201,23 @@ def test_clip_features_are_unit_vectors_and_its_temperature_is_bounded() -> None
         CLIP(text, ImageEncoder(ImageConfig(size=16, patch=8, width=16, layers=1, heads=2, embed_dim=4)))
     with pytest.raises(ValueError, match="layer"):
         TextConfig(layer="first")
+
+
+@torch.no_grad()
+def test_positions_tell_pixels_apart() -> None:
+    """Over a constant picture with circular padding, only the position embedding can make pixels differ."""
+    for positions in (False, True):
+        model = tiny_unet(positions=positions, depths=(0, 0), middle_depth=0, multipliers=(1, 1))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d) and module.kernel_size != (1, 1):
+                module.padding_mode = "circular"
+                module._reversed_padding_repeated_twice = [1, 1, 1, 1]
+        out = model(torch.ones(1, 4, 8, 8), torch.zeros(1), Conditioning(context=torch.zeros(1, 2, 8)))
+        spread = out.std((2, 3)).max().item()
+        assert (spread > 1e-3) == positions
+    rows = position_embedding(3, 5, 8)
+    assert rows.shape == (8, 3, 5)
+    torch.testing.assert_close(rows[:4, :, 0].T, timestep_embedding(torch.arange(3), 4))
+    torch.testing.assert_close(rows[4:, 0].T, timestep_embedding(torch.arange(5), 4))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        position_embedding(2, 2, 6)
