@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 
-Model = Annotated[str, typer.Argument(help="A run folder, a model folder or a checkpoint file.")]
+Model = Annotated[str, typer.Argument(help="A run folder or a model folder.")]
 Seed = Annotated[int, typer.Option(help="Picture i has seed SEED + i.")]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
 Sampler = Annotated[str | None, typer.Option(help="Sampler, such as ddim.")]

@@ -18,7 +18,7 @@ def train(
 
     Example: ldm train configs/demo/autoencoder.yaml data.path=shards/train out=runs/autoencoder
 
-    On several GPUs or machines: accelerate launch -m ldm train CONFIG... [key=value...]
+    On several GPUs or machines: accelerate launch -m ldm train CONFIG... key=value ...
 
     Start from an existing model, to fine-tune it: init=MODEL
     """
