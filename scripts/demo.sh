@@ -36,7 +36,7 @@ began=$(date +%s)
 shards train "count=$scenes" seed=0
 shards validation "count=$heldout" seed=1
 # One thread a process: models this small gain little from a second one, so the two cores get a process each.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export OMP_NUM_THREADS=1
 # Words unquoted on purpose: each is a setting of its own.
 run "$LDM" train configs/demo/autoencoder.yaml "out=$OUT/autoencoder" $data $short &
 first=$!
@@ -46,6 +46,7 @@ wait $first
 ACCELERATE_USE_CPU=1 run "${LDM%ldm}torchrun" --standalone --nproc_per_node 2 \
     -m ldm train configs/demo/denoiser.yaml "out=$OUT/denoiser" $data $short_denoiser \
     "task.autoencoder=$OUT/autoencoder" "task.text=$OUT/clip"
+unset OMP_NUM_THREADS
 run "$LDM" generate "$OUT/denoiser" --steps "$steps" --guidance 2 --count 4 --out "$OUT/pictures" \
     "a large red square" \
     "a small blue triangle" \
