@@ -1,12 +1,14 @@
 """Small real data and small real configs that several test files share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.sources.shapes import ShapesConfig, ShapesSource
@@ -46,6 +48,13 @@ def tiny_config(kind: str, out: Path, shards: Path, *more: str) -> RunConfig:
 def one_thread() -> None:
     """Tests share the machine's two cores with each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps its precision for the life of a process; each test chooses its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import Batch
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, Posterior
 from ldm.training.randomness import SampleRandomness
-from ldm.training.tasks import Metrics, Task, TaskConfig
+from ldm.training.tasks import Metrics, Task, TaskConfig, bare
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class AutoencoderTask(Task):
 
     def preview(self, batch: Batch) -> Tensor:
         """Pictures above their reconstructions."""
-        images = batch.image[: self.config.previews]
+        model, images = bare(self.autoencoder), batch.image[: self.config.previews]
         with torch.no_grad():
-            return torch.cat([images, self.autoencoder.decode(self.autoencoder.encode(images))])
+            return torch.cat([images, model.decode(model.encode(images))])
 
     def components(self) -> dict[str, nn.Module]:
-        return {"autoencoder": self.autoencoder}
+        return {"autoencoder": bare(self.autoencoder)}
 
     def settings(self) -> dict[str, object]:
         return {"size": self.size}
@@ -76,7 +76,7 @@ class AutoencoderTask(Task):
         The mean of the last ~100 steps, over all ranks. The variance is that of a sample: of the means, plus
         what the posterior adds. It is kept in the model's own buffers and so resumes exactly.
         """
-        model: AutoencoderKL = getattr(self.autoencoder, "module", self.autoencoder)
+        model: AutoencoderKL = bare(self.autoencoder)
         mean = posterior.mean.float().mean((0, 2, 3))
         square = (posterior.mean.float() ** 2 + posterior.logvar.float().exp()).mean((0, 2, 3))
         moments = torch.stack([mean, square])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import Batch
 from ldm.models.clip import CLIP, ImageConfig, ImageEncoder
 from ldm.models.text import TextConfig, TextEncoder
-from ldm.training.tasks import Metrics, Task, TaskConfig
+from ldm.training.tasks import Metrics, Task, TaskConfig, bare
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ContrastiveTask(Task):
         return None
 
     def components(self) -> dict[str, nn.Module]:
-        clip: CLIP = getattr(self.clip, "module", self.clip)
+        clip: CLIP = bare(self.clip)
         return {"text": clip.text, "image": clip.image}
 
     def settings(self) -> dict[str, object]:

@@ -14,7 +14,7 @@ from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet, UNetConfig
 from ldm.pipeline import Pipeline, Request
 from ldm.training.randomness import SampleRandomness
-from ldm.training.tasks import Metrics, Task, TaskConfig, freeze
+from ldm.training.tasks import Metrics, Task, TaskConfig, bare, freeze
 from ldm.types import Conditioning
 
 
@@ -82,11 +82,10 @@ class DenoisingTask(Task):
             steps=self.config.preview_steps,
             guidance=self.config.preview_guidance,
         )
-        denoiser = getattr(self.denoiser, "module", self.denoiser)
         pipeline = Pipeline(
             self.autoencoder,
             self.text,
-            denoiser,
+            bare(self.denoiser),
             self.diffusion,
             size=self.size,
             null_prompt=self.config.null_prompt,
@@ -94,8 +93,7 @@ class DenoisingTask(Task):
         return pipeline(request)
 
     def components(self) -> dict[str, nn.Module]:
-        denoiser = getattr(self.denoiser, "module", self.denoiser)
-        return {"autoencoder": self.autoencoder, "text": self.text, "denoiser": denoiser}
+        return {"autoencoder": self.autoencoder, "text": self.text, "denoiser": bare(self.denoiser)}
 
     def settings(self) -> dict[str, object]:
         return {

@@ -89,8 +89,9 @@ def run(config: RunConfig) -> TrainState:
     with own_folder(out, config, main=accelerator.is_main_process):
         if config.init and not (out / "checkpoints").is_dir():
             start_from(task, config.init)
+        text = summary(config, dataset, task)  # on every process: counting FLOP runs the losses, which gather
         if accelerator.is_main_process:
-            log.info("%s", summary(config, dataset, task))
+            log.info("%s", text)
 
         def batches(start: int) -> Iterator[Batch]:
             return iter(Loader(dataset, config.data, start=start, **loader_arguments))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -51,6 +52,11 @@ class Task(nn.Module):
     def settings(self) -> dict[str, object]:
         """JSON-able facts that belong to the model: diffusion, null prompt, picture size."""
         raise NotImplementedError
+
+
+def bare(module: nn.Module) -> Any:
+    """The module inside a DDP wrapper, or itself: for its own methods and its config."""
+    return getattr(module, "module", module)
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from data_pipeline.loader import DataConfig, fixed_batch
 from data_pipeline.shards import ShardDataset
@@ -130,6 +131,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
 
 def test_bf16_trains_on_a_cpu(shards: Path, tmp_path: Path) -> None:
     run(tiny_config("autoencoder", tmp_path / "half", shards, "precision=bf16"))
+    AcceleratorState._reset_state(reset_partial_state=True)
     run(tiny_config("autoencoder", tmp_path / "full", shards))
     half, full = weights(tmp_path / "half"), weights(tmp_path / "full")
     assert all(v.dtype == torch.float32 for v in half.values())

@@ -36,4 +36,5 @@ def test_two_processes_equal_one(kind: str, shards: Path, models: dict[str, Path
         assert folder is not None
         found[processes] = read_tensors(folder / "train" / "weights.safetensors")[0]
     for name, value in found[1].items():
-        torch.testing.assert_close(found[2][name], value, atol=1e-5, rtol=1e-3)
+        # Adam divides by the gradient's size, so where that is near nothing rounding shows; a step moves 1e-4
+        torch.testing.assert_close(found[2][name], value, atol=5e-5, rtol=1e-3)
