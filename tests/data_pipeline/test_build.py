@@ -231,9 +231,15 @@ def test_survives_being_killed(tmp_path: Path) -> None:
     while kills < 12:
         child = run("killed")
         deadline = time.monotonic() + 30
-        while not (tmp_path / "killed" / "build.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0.3, 0.6))
+        before = len(list((tmp_path / "killed").glob("*.tar")))
+        while (
+            child.poll() is None and time.monotonic() < deadline
+        ):  # the first dies before any shard, the rest after one
+            begun = (tmp_path / "killed" / "build.json").exists()
+            if begun and (kills == 0 or len(list((tmp_path / "killed").glob("*.tar"))) > before):
+                break
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.02))
         if child.poll() is not None:
             break
         child.send_signal(signal.SIGKILL)
