@@ -52,7 +52,7 @@ run "$LDM" generate "$OUT/denoiser" --steps "$steps" --guidance 2 --count 4 --ou
     "a small blue triangle" \
     "a large yellow circle above a small black square" \
     "a small red square to the left of a large green circle" \
-    "a large blue triangle to the right of a small purple circle" \
+    "a small purple circle to the left of a large blue triangle" \
     "a small green square, a large yellow circle and a small purple triangle from left to right"
 run "$LDM" evaluate shapes "$OUT/denoiser" --steps "$steps" --guidance 2 --count "$count" --out "$OUT/scores"
 

@@ -209,7 +209,7 @@ def read(image: Picture) -> list[Reading]:
 def related(scene: Scene, found: dict[str, Reading]) -> bool:
     """Whether the objects, by colour, lie in the stated order: apart along the axis, less across it."""
     vertical = scene.relation in VERTICAL
-    for first, second in pairwise(found[thing.colour] for thing in scene.along()):
+    for first, second in pairwise(found[thing.colour] for thing in scene.objects):
         dx, dy = second.x - first.x, second.y - first.y
         along, across = (dy, dx) if vertical else (dx, dy)
         if along < MIN_STEP or along <= abs(across):

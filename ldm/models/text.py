@@ -51,6 +51,7 @@ class TextConfig:
     layer: str = "last"  # hidden states given to the denoiser: last | penultimate, both after the final norm
     activation: str = "gelu"  # gelu | quick_gelu
     pad_id: int = 0  # what fills a prompt up: 0 (open_clip) | 49407 (Stable Diffusion 1)
+    embedding_std: float = 0.0  # of fresh token and position embeddings; 0 = open_clip's own (0.02 and 0.01)
     tokenizer: str = "open_clip"  # its BPE and text cleaning (ftfy, HTML entities, lower case)
 
     def __post_init__(self) -> None:
@@ -110,6 +111,11 @@ class TextEncoder(nn.Module):
             act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
             output_tokens=True,
         )
+        if config.embedding_std:
+            # open_clip's small start suits a long training; after a short one the words are lost beside what the
+            # layers add to them, and their order most of all.
+            nn.init.normal_(self.tower.token_embedding.weight, std=config.embedding_std)
+            nn.init.normal_(self.tower.positional_embedding, std=config.embedding_std)
         # Not part of a state dict, so it must be real also when the model is built on the meta device.
         mask = torch.full((config.context_length, config.context_length), float("-inf"), device="cpu")
         self.tower.register_buffer("attn_mask", mask.triu_(1), persistent=False)

@@ -28,6 +28,7 @@ class UNetConfig:
     head_dim: int = 0  # channels per head instead of a fixed number of heads (Stable Diffusion 2: 64)
     linear_projection: bool = False
     positions: bool = False  # tell every pixel where it is; else only the padding's edges do
+    scale_shift: bool = False  # time and pooled text scale and shift the norms instead of being added before them
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
@@ -47,7 +48,14 @@ class UNetLayer(nn.Module):
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, depth: int) -> None:
         super().__init__()
         groups = config.norm_groups
-        self.residual = ResidualBlock(in_channels, out_channels, 4 * config.channels, groups=groups, zero_out=True)
+        self.residual = ResidualBlock(
+            in_channels,
+            out_channels,
+            4 * config.channels,
+            groups=groups,
+            zero_out=True,
+            scale_shift=config.scale_shift,
+        )
         self.transformer = (
             SpatialTransformer(
                 out_channels,

@@ -16,7 +16,8 @@ def zero_init(module: nn.Module) -> nn.Module:
 class ResidualBlock(nn.Module):
     """norm-SiLU-conv twice, with the time embedding added between (Ho et al. 2020, app. B).
 
-    x [B, C_in, H, W], emb [B, E] or None -> [B, C_out, H, W].
+    x [B, C_in, H, W], emb [B, E] or None -> [B, C_out, H, W]. `scale_shift`: the embedding scales and shifts the
+    second norm's output instead (Dhariwal and Nichol 2021, eq. 3).
     """
 
     def __init__(
@@ -28,11 +29,13 @@ class ResidualBlock(nn.Module):
         groups: int = 32,
         eps: float = 1e-5,
         zero_out: bool = False,
+        scale_shift: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(emb_width, out_channels) if emb_width else None
+        self.scale_shift = scale_shift
+        self.emb = nn.Linear(emb_width, out_channels * (2 if scale_shift else 1)) if emb_width else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv2 = zero_init(conv2) if zero_out else conv2
@@ -40,10 +43,16 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # [B, C_out, H, W]
-        if self.emb is not None:
-            assert emb is not None
-            h = h + self.emb(F.silu(emb))[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        if self.emb is None:
+            return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        assert emb is not None
+        told = self.emb(F.silu(emb))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = told.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + told)
+        return self.skip(x) + self.conv2(F.silu(h))
 
 
 class Attention(nn.Module):

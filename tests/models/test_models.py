@@ -221,3 +221,32 @@ def test_positions_tell_pixels_apart() -> None:
     torch.testing.assert_close(rows[4:, 0].T, timestep_embedding(torch.arange(5), 4))
     with pytest.raises(ValueError, match="multiple of 4"):
         position_embedding(2, 2, 6)
+
+
+@torch.no_grad()
+def test_scale_shift_against_its_equation() -> None:
+    """Dhariwal and Nichol 2021, eq. 3, with the group norm written out."""
+    torch.manual_seed(0)
+    block = ResidualBlock(4, 6, 5, groups=2, scale_shift=True).double()
+    for norm in (block.norm1, block.norm2):
+        norm.weight.normal_(), norm.bias.normal_()
+    x, emb = torch.randn(3, 4, 5, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+
+    def normed(h: torch.Tensor, norm: torch.nn.GroupNorm) -> torch.Tensor:
+        groups = h.view(3, 2, -1)
+        groups = (groups - groups.mean(2, keepdim=True)) / (groups.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return groups.view_as(h) * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+    h = block.conv1(F.silu(normed(x, block.norm1)))
+    scale, shift = (emb * emb.sigmoid() @ block.emb.weight.T + block.emb.bias).view(3, 2, 6, 1, 1).unbind(1)
+    h = block.conv2(F.silu(normed(h, block.norm2) * (scale + 1) + shift))
+    torch.testing.assert_close(block(x, emb), block.skip(x) + h)
+    unet = tiny_unet(scale_shift=True)
+    assert unet.middle.residual.scale_shift and unet.up[0].layers[0].residual.emb.out_features == 2 * 32
+
+
+def test_embedding_std_is_that_of_fresh_embeddings() -> None:
+    for given, tokens, places in ((0.0, 0.02, 0.01), (1.0, 1.0, 1.0)):
+        tower = TextEncoder(TextConfig(width=16, layers=1, heads=2, embed_dim=8, embedding_std=given)).tower
+        assert tower.token_embedding.weight.std().item() == pytest.approx(tokens, rel=0.02)
+        assert tower.positional_embedding.std().item() == pytest.approx(places, rel=0.1)
