@@ -47,14 +47,14 @@ ACCELERATE_USE_CPU=1 run "${LDM%ldm}torchrun" --standalone --nproc_per_node 2 \
     -m ldm train configs/demo/denoiser.yaml "out=$OUT/denoiser" $data $short_denoiser \
     "task.autoencoder=$OUT/autoencoder" "task.text=$OUT/clip"
 unset OMP_NUM_THREADS
-run "$LDM" generate "$OUT/denoiser" --steps "$steps" --guidance 2 --count 4 --out "$OUT/pictures" \
+run "$LDM" generate "$OUT/denoiser" --steps "$steps" --guidance 1.5 --count 4 --out "$OUT/pictures" \
     "a large red square" \
     "a small blue triangle" \
     "a large yellow circle above a small black square" \
     "a small red square to the left of a large green circle" \
     "a small purple circle to the left of a large blue triangle" \
     "a small green square, a large yellow circle and a small purple triangle from left to right"
-run "$LDM" evaluate shapes "$OUT/denoiser" --steps "$steps" --guidance 2 --count "$count" --out "$OUT/scores"
+run "$LDM" evaluate shapes "$OUT/denoiser" --steps "$steps" --guidance 1.5 --count "$count" --out "$OUT/scores"
 
 took=$(($(date +%s) - began))
 echo
