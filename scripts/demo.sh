@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to pictures from captions: shards -> autoencoder -> CLIP -> denoiser -> pictures and a score.
-#   make demo                    about twenty minutes on two quiet cores
+#   make demo                    about a quarter of an hour on two quiet cores
 #   SMOKE=1 make demo            every step in under two minutes; its pictures are not meant to look like anything
 # OUT: where everything goes. LDM: the ldm command. A stopped demo goes on where it was when started again.
 set -euo pipefail
