@@ -16,7 +16,7 @@ if [ "${SMOKE:-}" = 1 ]; then
     echo "SMOKE=1: a test that every step runs; the pictures are not meant to look like anything"
 else
     OUT=${OUT:-runs/demo}
-    scenes=30000 heldout=512 count=256 steps=30
+    scenes=60000 heldout=512 count=256 steps=30
     short="" short_text="" short_denoiser=""
 fi
 data="data.path=$OUT/shards/train validation=$OUT/shards/validation"
