@@ -17,13 +17,18 @@ class Conditioning:
 
     context [B, L, D]: text tokens.          mask [B, L]: True where a token counts.
     pooled [B, P]: added to the time embedding.
+    sizes [B, 6]: original height and width, crop top and left, target height and width, px (SDXL).
+    label [B], whole: a class, or how noisy the low-resolution picture in `concat` is (x4 upscaler).
     concat [B, C', H, W]: joined to `x` by channel (inpainting, depth).
-    control: feature maps added inside the denoiser (ControlNet).
+    control: what steers the picture's layout. Outside `Controlled`, one hint picture [B, 3, H f, W f] in [0, 1];
+        inside, its feature maps, one per skip connection of the U-Net and one for the middle.
     """
 
     context: Tensor | None = None
     mask: Tensor | None = None
     pooled: Tensor | None = None
+    sizes: Tensor | None = None
+    label: Tensor | None = None
     concat: Tensor | None = None
     control: tuple[Tensor, ...] = ()
 
