@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.nn.attention import attention
-from ldm.nn.blocks import Downsample, ResidualBlock, Upsample
+from ldm.nn.blocks import Downsample, PixelAttention, ResidualBlock, Upsample
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,8 @@ class AutoencoderConfig:
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 4, 4)  # one per level; each level but the last halves the size
     blocks: int = 2  # residual blocks per level of the encoder; the decoder has one more
+    attention_levels: tuple[int, ...] = ()  # levels, 0 = full size, with attention after each residual block
+    quant: bool = True  # 1x1 convolutions around the latents (not in Stable Diffusion 3)
     norm_groups: int = 32
 
 
@@ -45,31 +46,13 @@ class Posterior:
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 
-class MidAttention(nn.Module):
-    """Single-head self-attention over the pixels of a feature map [B, C, H, W]."""
-
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.to_q = nn.Conv2d(channels, channels, 1)
-        self.to_k = nn.Conv2d(channels, channels, 1)
-        self.to_v = nn.Conv2d(channels, channels, 1)
-        self.to_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.to_q, self.to_k, self.to_v))
-        out = attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # [B, C, H, W]
-        return x + self.to_out(out)
-
-
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.block1 = ResidualBlock(channels, channels, groups=groups, eps=1e-6)
-        self.attention = MidAttention(channels, groups)
+        self.attention = PixelAttention(channels, groups=groups)
         self.block2 = ResidualBlock(channels, channels, groups=groups, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,17 +60,20 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution (or none)."""
+    """Residual blocks at one resolution, each with attention or none, then a change of resolution or none."""
 
-    def __init__(self, widths: list[int], groups: int, resample: nn.Module | None) -> None:
+    def __init__(self, widths: list[int], groups: int, *, attend: bool, resample: nn.Module | None) -> None:
         super().__init__()
         pairs = pairwise(widths)
         self.blocks = nn.ModuleList(ResidualBlock(a, b, groups=groups, eps=1e-6) for a, b in pairs)
+        self.attentions = nn.ModuleList(
+            PixelAttention(w, groups=groups) if attend else nn.Identity() for w in widths[1:]
+        )
         self.resample = resample if resample is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
+        for block, attend in zip(self.blocks, self.attentions, strict=True):
+            x = attend(block(x))
         return self.resample(x)
 
 
@@ -102,7 +88,8 @@ class Encoder(nn.Module):
         width = config.channels
         for i, out in enumerate(widths):
             down = Downsample(out, symmetric=False) if i < len(widths) - 1 else None
-            self.levels.append(Level([width] + [out] * config.blocks, groups, down))
+            attend = i in config.attention_levels
+            self.levels.append(Level([width] + [out] * config.blocks, groups, attend=attend, resample=down))
             width = out
         self.middle = Middle(width, groups)
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
@@ -127,7 +114,8 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList()
         for i, out in enumerate(widths):
             up = Upsample(out) if i < len(widths) - 1 else None
-            self.levels.append(Level([width] + [out] * (config.blocks + 1), groups, up))
+            attend = len(widths) - 1 - i in config.attention_levels
+            self.levels.append(Level([width] + [out] * (config.blocks + 1), groups, attend=attend, resample=up))
             width = out
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, config.image_channels, 3, padding=1)
@@ -155,8 +143,8 @@ class AutoencoderKL(nn.Module):
         self.config = config
         c = config.latent_channels
         self.encoder = Encoder(config)
-        self.quant = nn.Conv2d(2 * c, 2 * c, 1)
-        self.post_quant = nn.Conv2d(c, c, 1)
+        self.quant = nn.Conv2d(2 * c, 2 * c, 1) if config.quant else nn.Identity()
+        self.post_quant = nn.Conv2d(c, c, 1) if config.quant else nn.Identity()
         self.decoder = Decoder(config)
         self.register_buffer("latent_mean", torch.zeros(c, 1, 1))
         self.register_buffer("latent_std", torch.ones(c, 1, 1))

@@ -46,17 +46,19 @@ class TextConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
-    embed_dim: int = 768  # of the joint image-text space
+    embed_dim: int = 768  # of the joint image-text space; 0 = no projection into it
     context_length: int = 77
-    layer: str = "last"  # hidden states given to the denoiser: last | penultimate, both after the final norm
+    skip: int = 0  # last blocks that the context leaves out: 1 = penultimate layer ("clip skip 2")
+    final_norm: bool = True  # whether the context goes through the final norm (not in SDXL)
     activation: str = "gelu"  # gelu | quick_gelu
     pad_id: int = 0  # what fills a prompt up: 0 (open_clip) | 49407 (Stable Diffusion 1)
     embedding_std: float = 0.0  # of fresh token and position embeddings; 0 = open_clip's own (0.02 and 0.01)
     tokenizer: str = "open_clip"  # its BPE and text cleaning (ftfy, HTML entities, lower case)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.skip < self.layers:
+            raise ValueError(f"text: skip must be in 0..{self.layers - 1} for {self.layers} layers, not {self.skip}")
         for name, allowed in (
-            ("layer", ("last", "penultimate")),
             ("activation", ("gelu", "quick_gelu")),
             ("tokenizer", ("open_clip",)),
         ):
@@ -107,7 +109,7 @@ class TextEncoder(nn.Module):
             width=config.width,
             heads=config.heads,
             layers=config.layers,
-            output_dim=config.embed_dim,
+            output_dim=config.embed_dim or None,
             act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
             output_tokens=True,
         )
@@ -120,18 +122,61 @@ class TextEncoder(nn.Module):
         mask = torch.full((config.context_length, config.context_length), float("-inf"), device="cpu")
         self.tower.register_buffer("attn_mask", mask.triu_(1), persistent=False)
 
+    @property
+    def context_dim(self) -> int:
+        """Width of the context."""
+        return self.config.width
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled embedding."""
+        return self.config.embed_dim or self.config.width
+
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         """B prompts -> Conditioning(context [B, L, width], pooled [B, embed_dim]) for a denoiser.
 
-        pooled is the prompt's place in the joint image-text space, not scaled to unit length.
+        pooled is the prompt's place in the joint image-text space, not scaled to unit length; without a
+        projection into that space, the end token's state.
         """
         ids = self.tokenize(prompts).to(self.tower.positional_embedding.device)
-        if self.config.layer == "last":
-            pooled, context = self.tower(ids)
-            return Conditioning(context=context, pooled=pooled)
-        hidden = self.tower.forward_intermediates(ids, indices=[-2], normalize_intermediates=True, output_fmt="NLC")
+        hidden = self.tower.forward_intermediates(
+            ids, indices=[-1 - self.config.skip], normalize_intermediates=self.config.final_norm, output_fmt="NLC"
+        )
         return Conditioning(context=hidden["text_intermediates"][0], pooled=hidden["text_features"])
 
     def features(self, ids: Tensor) -> Tensor:
         """ids [B, L] -> unit vectors [B, embed_dim] of the joint image-text space."""
         return F.normalize(self.tower(ids)[0], dim=-1)
+
+
+@dataclass(frozen=True)
+class TextPairConfig:
+    """Two text encoders side by side; the defaults are SDXL's: CLIP ViT-L and OpenCLIP ViT-bigG."""
+
+    first: TextConfig = TextConfig(embed_dim=0, skip=1, final_norm=False, activation="quick_gelu", pad_id=49_407)
+    second: TextConfig = TextConfig(width=1280, layers=32, heads=20, embed_dim=1280, skip=1, final_norm=False)
+
+
+class TextPair(nn.Module):
+    """Two encoders read the same prompts: contexts joined by channel, the pooled embedding of the second."""
+
+    def __init__(self, config: TextPairConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.first, self.second = TextEncoder(config.first), TextEncoder(config.second)
+
+    @property
+    def context_dim(self) -> int:
+        """Width of the joined context."""
+        return self.first.context_dim + self.second.context_dim
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled embedding."""
+        return self.second.pooled_dim
+
+    def forward(self, prompts: Sequence[str]) -> Conditioning:
+        """B prompts -> Conditioning(context [B, L, both widths], pooled [B, embed_dim of the second])."""
+        first, second = self.first(prompts), self.second(prompts)
+        assert first.context is not None and second.context is not None
+        return Conditioning(context=torch.cat([first.context, second.context], dim=-1), pooled=second.pooled)

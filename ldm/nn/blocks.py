@@ -1,5 +1,7 @@
 """The blocks that the autoencoder and the U-Net are made of."""
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,7 +19,8 @@ class ResidualBlock(nn.Module):
     """norm-SiLU-conv twice, with the time embedding added between (Ho et al. 2020, app. B).
 
     x [B, C_in, H, W], emb [B, E] or None -> [B, C_out, H, W]. `scale_shift`: the embedding scales and shifts the
-    second norm's output instead (Dhariwal and Nichol 2021, eq. 3).
+    second norm's output instead (Dhariwal and Nichol 2021, eq. 3). `resample`: halves ("down": mean of 2x2) or
+    doubles ("up": nearest) H and W in both branches before their convolutions (ibid., sec. 3, from BigGAN).
     """
 
     def __init__(
@@ -30,11 +33,12 @@ class ResidualBlock(nn.Module):
         eps: float = 1e-5,
         zero_out: bool = False,
         scale_shift: bool = False,
+        resample: Literal["", "down", "up"] = "",
     ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.scale_shift = scale_shift
+        self.scale_shift, self.resample = scale_shift, resample
         self.emb = nn.Linear(emb_width, out_channels * (2 if scale_shift else 1)) if emb_width else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -42,7 +46,10 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # [B, C_out, H, W]
+        h = F.silu(self.norm1(x))
+        if self.resample:
+            h, x = (_resampled(y, self.resample) for y in (h, x))
+        h = self.conv1(h)  # [B, C_out, H, W]
         if self.emb is None:
             return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
         assert emb is not None
@@ -53,6 +60,37 @@ class ResidualBlock(nn.Module):
         else:
             h = self.norm2(h + told)
         return self.skip(x) + self.conv2(F.silu(h))
+
+
+def _resampled(x: Tensor, resample: str) -> Tensor:
+    return F.avg_pool2d(x, 2) if resample == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class PixelAttention(nn.Module):
+    """Self-attention over the pixels of a feature map, pre-normed and residual (Ho et al. 2020, app. B).
+
+    x [B, C, H, W] -> [B, C, H, W].
+    """
+
+    def __init__(self, channels: int, heads: int = 1, *, groups: int = 32, eps: float = 1e-6) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"attention width {channels} is not a multiple of its {heads} heads")
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.to_q = nn.Conv2d(channels, channels, 1)
+        self.to_k = nn.Conv2d(channels, channels, 1)
+        self.to_v = nn.Conv2d(channels, channels, 1)
+        self.to_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (
+            f(h).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)  # [B, heads, H W, C / heads]
+            for f in (self.to_q, self.to_k, self.to_v)
+        )
+        out = attention(q, k, v).transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])  # [B, C, H, W]
+        return x + self.to_out(out)
 
 
 class Attention(nn.Module):
@@ -96,20 +134,21 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward; each pre-normed and residual.
 
-    x [B, L, C], context [B, S, D] -> [B, L, C].
+    x [B, L, C], context [B, S, D] -> [B, L, C]. `cross_only`: the first attention too looks at the text alone.
     """
 
-    def __init__(self, width: int, heads: int, context_width: int) -> None:
+    def __init__(self, width: int, heads: int, context_width: int, *, cross_only: bool = False) -> None:
         super().__init__()
+        self.cross_only = cross_only
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, heads)
+        self.attn1 = Attention(width, heads, context_width if cross_only else None)
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = Attention(width, heads, context_width)
         self.norm3 = nn.LayerNorm(width)
         self.ff = GEGLU(width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        x = x + (self.attn1(self.norm1(x), context, mask) if self.cross_only else self.attn1(self.norm1(x)))
         x = x + self.attn2(self.norm2(x), context, mask)
         return x + self.ff(self.norm3(x))
 
@@ -129,13 +168,16 @@ class SpatialTransformer(nn.Module):
         *,
         depth: int = 1,
         linear: bool = False,
+        cross_only: bool = False,
         groups: int = 32,
     ) -> None:
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads, context_width) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, heads, context_width, cross_only=cross_only) for _ in range(depth)
+        )
         self.proj_out = zero_init(nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1))
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:

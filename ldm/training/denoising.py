@@ -54,8 +54,8 @@ class DenoisingTask(Task):
         for name, given, needed in (
             ("in_channels", config.unet.in_channels, autoencoder.latent_channels),
             ("out_channels", config.unet.out_channels, autoencoder.latent_channels),
-            ("context_dim", config.unet.context_dim, text.config.width),
-            ("pooled_dim", config.unet.pooled_dim, text.config.embed_dim if config.unet.pooled_dim else 0),
+            ("context_dim", config.unet.context_dim, text.context_dim),
+            ("pooled_dim", config.unet.pooled_dim, text.pooled_dim if config.unet.pooled_dim else 0),
         ):
             if given != needed:
                 raise ValueError(f"task.unet.{name} is {given}; the frozen models need {needed}")

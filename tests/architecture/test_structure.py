@@ -52,7 +52,8 @@ HEAVY: dict[str, tuple[str, ...]] = {
     "xformers": ("ldm.nn.attention",),
     "open_clip": ("ldm.models.text", "ldm.models.clip", "ldm.training.contrastive"),  # the last for its loss
     "torchvision": ("ldm.models.text",),  # to see whether open_clip will find it in working order
-    "transformers": ("ldm.models.text",),
+    "transformers": ("ldm.models.transformers_text",),
+    "tokenizers": ("ldm.models.transformers_text",),
     "accelerate": ("ldm.training.engine", "ldm.training.state", "ldm.training.run"),
     "bitsandbytes": ("ldm.training.optim",),
     "peft": ("ldm.adapters",),

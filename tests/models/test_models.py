@@ -1,5 +1,7 @@
 """The networks against published sizes, formulas and independent implementations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,34 +84,39 @@ def tiny_unet(**changes: object) -> UNet:
 
 @torch.no_grad()
 def test_unet_hears_all_that_it_is_told() -> None:
-    model = tiny_unet(pooled_dim=5, in_channels=6)
+    model = tiny_unet(pooled_dim=5, pooled_layers=2, size_dim=4, classes=3, in_channels=6)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0])
     told = Conditioning(
         context=torch.randn(2, 5, 8),
         mask=torch.ones(2, 5, dtype=torch.bool),
         pooled=torch.randn(2, 5),
+        sizes=torch.tensor([[64, 64, 0, 0, 64, 64], [80, 64, 3, 0, 64, 64]]),
+        label=torch.tensor([0, 2]),
         concat=torch.randn(2, 2, 8, 8),
         control=tuple(torch.zeros(2, c, s, s) for c, s in ((16, 8), (16, 8), (16, 4), (32, 4), (32, 4))),
     )
     base = model(x, t, told)
     assert base.shape == (2, 4, 8, 8)
-    plain = Conditioning(told.context, None, told.pooled, told.concat)
-    torch.testing.assert_close(model(x, t, plain), base)
+    torch.testing.assert_close(model(x, t, replace(told, mask=None, control=())), base)
     fewer = torch.ones(2, 5, dtype=torch.bool)
     fewer[:, 3:] = False
     others = {
-        "time": model(x, t + 50, told),
-        "context": model(x, t, told.__class__(told.context + 1, told.mask, told.pooled, told.concat)),
-        "mask": model(x, t, Conditioning(told.context, fewer, told.pooled, told.concat)),
-        "pooled": model(x, t, Conditioning(told.context, told.mask, told.pooled + 1, told.concat)),
-        "concat": model(x, t, Conditioning(told.context, told.mask, told.pooled, told.concat + 1)),
-        "control": model(
-            x, t, Conditioning(told.context, None, told.pooled, told.concat, tuple(c + 1 for c in told.control))
-        ),
+        "time": (t + 50, told),
+        "context": (t, replace(told, context=told.context + 1)),
+        "mask": (t, replace(told, mask=fewer)),
+        "pooled": (t, replace(told, pooled=told.pooled + 1)),
+        "sizes": (t, replace(told, sizes=told.sizes.flip(0))),
+        "label": (t, replace(told, label=told.label.flip(0))),
+        "concat": (t, replace(told, concat=told.concat + 1)),
+        "control": (t, replace(told, control=tuple(c + 1 for c in told.control))),
     }
-    assert [name for name, out in others.items() if torch.allclose(out, base, atol=1e-4)] == []
-    cut = Conditioning(told.context[:, :3], None, told.pooled, told.concat)  # a masked token is as good as absent
-    torch.testing.assert_close(others["mask"], model(x, t, cut), atol=1e-5, rtol=1e-5)
+    answers = {name: model(x, time, cond) for name, (time, cond) in others.items()}
+    assert [name for name, out in answers.items() if torch.allclose(out, base, atol=1e-4)] == []
+    cut = replace(told, context=told.context[:, :3], mask=None)  # a masked token is as good as absent
+    torch.testing.assert_close(answers["mask"], model(x, t, cut), atol=1e-5, rtol=1e-5)
+    for missing in ("pooled", "sizes", "label"):
+        with pytest.raises(ValueError, match=missing):
+            model(x, t, replace(told, **{missing: None}))
 
 
 def test_unet_starts_at_zero_and_checks_its_levels() -> None:
@@ -172,7 +179,7 @@ def test_text_layers_against_the_tower_run_by_hand() -> None:
     torch.manual_seed(0)
     config = TextConfig(width=16, layers=3, heads=2, embed_dim=8, context_length=12)
     last = TextEncoder(config).eval()
-    before = TextEncoder(TextConfig(**{**config.__dict__, "layer": "penultimate"})).eval()
+    before = TextEncoder(TextConfig(**{**config.__dict__, "skip": 1})).eval()
     before.load_state_dict(last.state_dict())
     prompts = ["a red circle", "two words or more"]
     ids, tower = last.tokenize(prompts), last.tower
@@ -199,8 +206,8 @@ def test_clip_features_are_unit_vectors_and_its_temperature_is_bounded() -> None
     assert scale.item() == pytest.approx(100, rel=1e-5)
     with pytest.raises(ValueError, match="embed_dim"):
         CLIP(text, ImageEncoder(ImageConfig(size=16, patch=8, width=16, layers=1, heads=2, embed_dim=4)))
-    with pytest.raises(ValueError, match="layer"):
-        TextConfig(layer="first")
+    with pytest.raises(ValueError, match="skip"):
+        TextConfig(skip=12)
 
 
 @torch.no_grad()

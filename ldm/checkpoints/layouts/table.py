@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
 Modules = Iterable[tuple[str, str]]
 """(our module, their module): all parameters and buffers of the one have the same leaf names in the other."""
 
@@ -62,6 +64,13 @@ def to_native(table: Iterable[Entry], tensors: Mapping[str, Tensor], source: str
 def to_foreign(table: Iterable[Entry], tensors: Mapping[str, Tensor]) -> Tensors:
     """Our tensors under their names."""
     return {name: part for entry in table for name, part in _split(entry, tensors[entry.native])}
+
+
+def fixed(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], source: str) -> None:
+    """Raise ValueError, naming `source` and the key, where a foreign config asks for what we do not vary."""
+    for key, values in allowed.items():
+        if key in config and config[key] not in values:
+            raise ValueError(f"{source}: {key} {config[key]!r} is not supported; it must be {values[0]!r}")
 
 
 _VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
