@@ -91,16 +91,17 @@ class UNetLayer(nn.Module):
 def residual(
     config: UNetConfig, in_channels: int, out_channels: int, resample: Literal["", "down", "up"] = ""
 ) -> ResidualBlock:
-    """A residual block with this U-Net's way of being told the time."""
-    return ResidualBlock(
+    """A residual block with this U-Net's way of being told the time; it starts as its skip connection."""
+    block = ResidualBlock(
         in_channels,
         out_channels,
         4 * config.channels,
         groups=config.norm_groups,
-        zero_out=True,
         scale_shift=config.scale_shift,
         resample=resample,
     )
+    zero_init(block.conv2)
+    return block
 
 
 class UNetLevel(nn.Module):

@@ -31,7 +31,6 @@ class ResidualBlock(nn.Module):
         *,
         groups: int = 32,
         eps: float = 1e-5,
-        zero_out: bool = False,
         scale_shift: bool = False,
         resample: Literal["", "down", "up"] = "",
     ) -> None:
@@ -41,8 +40,7 @@ class ResidualBlock(nn.Module):
         self.scale_shift, self.resample = scale_shift, resample
         self.emb = nn.Linear(emb_width, out_channels * (2 if scale_shift else 1)) if emb_width else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv2 = zero_init(conv2) if zero_out else conv2
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:

@@ -178,7 +178,9 @@ def cycles(modules: Modules) -> list[str]:
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         if name in path:
-            found.append(" -> ".join([*path[path.index(name) :], name]))
+            loop = path[path.index(name) :]
+            first = loop.index(min(loop))
+            found.append(" -> ".join([*loop[first:], *loop[:first], loop[first]]))
         elif name not in done:
             for target in graph.get(name, []):
                 visit(target, (*path, name))

@@ -1,10 +1,14 @@
 """U-Net and ControlNet against diffusers with random weights."""
 
+import re
+from collections.abc import Iterable
+
 import pytest
 import torch
 from conftest import LIMIT, converted, error, randomised
 
 from ldm.checkpoints.layouts import unet as layout
+from ldm.checkpoints.layouts.table import Entry
 from ldm.checkpoints.layouts.unet_config import (
     controlnet_from_diffusers,
     controlnet_to_diffusers,
@@ -125,12 +129,11 @@ def test_a_wrong_name_is_noticed() -> None:
     config = UNetConfig(**VARIANTS["sd1"])
     reference = randomised(UNet2DConditionModel.from_config(to_diffusers(config, 16)))
 
-    def swapped(keys: object) -> list:
-        table = layout.diffusers(config, keys)  # type: ignore[arg-type]
-        return [
-            layout.Entry(e.native, tuple(n.replace("attn1.to_q", "@").replace("attn1.to_k", "attn1.to_q").replace("@", "attn1.to_k") for n in e.foreign), e.how)
-            for e in table
-        ]  # fmt: skip
+    def swapped(keys: Iterable[str]) -> list[Entry]:
+        table = layout.diffusers(config, keys)
+        other = {"to_q": "to_k", "to_k": "to_q"}
+        wrong = {e.native: re.sub(r"(?<=attn1\.)to_[qk]", lambda m: other[m[0]], e.foreign[0]) for e in table}
+        return [Entry(native, (foreign,)) for native, foreign in wrong.items()]
 
     ours = converted(UNet(config), reference, swapped)
     x, t, cond = torch.randn(2, 4, 16, 16), torch.tensor([7, 801]), told(config, torch.float32)

@@ -1,6 +1,6 @@
 """A rename table: one entry for each tensor of ours, and the two functions that read it in either direction."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,34 +73,30 @@ def fixed(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], sou
             raise ValueError(f"{source}: {key} {config[key]!r} is not supported; it must be {values[0]!r}")
 
 
-_VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "same": (lambda x: x, lambda x: x),
-    "matrix": (lambda x: x if x.ndim == 4 else x[:, :, None, None], lambda x: x[:, :, 0, 0]),
-    "transpose": (lambda x: x.T, lambda x: x.T),
-    "halves": (lambda x: _swapped(x), lambda x: _swapped(x)),
-}
-"""How: (theirs -> ours, ours -> theirs)."""
-
-
 def _join(entry: Entry, parts: list[Tensor], source: str) -> Tensor:
+    first, *rest = parts
     if entry.how == "join":
         return torch.cat(parts)
     if entry.how == "copies":
-        different = [n for n, part in zip(entry.foreign, parts, strict=True) if not torch.equal(part, parts[0])]
+        different = [name for name, part in zip(entry.foreign[1:], rest, strict=True) if not torch.equal(part, first)]
         if different:
             raise ValueError(f"{source}: {different[0]} should equal {entry.foreign[0]} and does not")
-        return parts[0]
-    return _VIEWS[entry.how][0](parts[0])
+        return first
+    if entry.how == "matrix":
+        return first if first.ndim == 4 else first[:, :, None, None]
+    return _turned(entry, first)
 
 
-def _split(entry: Entry, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _split(entry: Entry, tensor: Tensor) -> list[tuple[str, Tensor]]:
     if entry.how == "join":
-        return zip(entry.foreign, tensor.chunk(len(entry.foreign)), strict=True)
-    if entry.how == "copies":
-        return ((name, tensor) for name in entry.foreign)
-    return iter([(entry.foreign[0], _VIEWS[entry.how][1](tensor))])
+        return list(zip(entry.foreign, tensor.chunk(len(entry.foreign)), strict=True))
+    if entry.how == "matrix":
+        tensor = tensor[:, :, 0, 0]
+    return [(name, _turned(entry, tensor)) for name in entry.foreign]
 
 
-def _swapped(tensor: Tensor) -> Tensor:
-    first, second = tensor.chunk(2)
-    return torch.cat([second, first])
+def _turned(entry: Entry, tensor: Tensor) -> Tensor:
+    """What is the same in both directions."""
+    if entry.how == "transpose":
+        return tensor.T
+    return torch.cat(tensor.chunk(2)[::-1]) if entry.how == "halves" else tensor
