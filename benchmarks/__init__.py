@@ -1,0 +1,1 @@
+"""Speed against the stock implementations, measured by one harness."""
