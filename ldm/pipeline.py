@@ -1,7 +1,8 @@
 """From prompts to pictures: one request, one pipeline, one loop that belongs to the caller."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from ldm.diffusion.noise import ImageNoise, NoiseLevel
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.diffusion.samplers import Step, sampler
 from ldm.types import Conditioning, Denoiser
+
+log = logging.getLogger(__name__)
 
 
 def pairs(prompts: Sequence[str], count: int = 1, seed: int = 0) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -71,7 +74,8 @@ class Pipeline:
     """An autoencoder, a text encoder, a denoiser and the diffusion it was trained with.
 
     The modules run as they are, where they are: put them in evaluation mode first (`load` does).
-    size: side in pixels that the model was trained at. null_prompt: what it was trained to see as "no prompt".
+    size: side in pixels that the model was trained at. null_prompt: what it was trained to see as "no prompt"; None
+    if that was a conditioning of zeros (SDXL).
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class Pipeline:
         diffusion: Diffusion,
         *,
         size: int,
-        null_prompt: str = "",
+        null_prompt: str | None = "",
         name: str = "",
     ) -> None:
         # `Any`: what a pipeline asks of its modules is their methods, not their classes
@@ -93,16 +97,37 @@ class Pipeline:
         self.size, self.null_prompt, self.name = size, null_prompt, name
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Pipeline":
-        """Load a text-to-image model. Raises ValueError if there is none, or one without all three parts."""
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        prediction: str | None = None,
+        ema: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> "Pipeline":
+        """Load a text-to-image model of any format; on a CPU, which is slow at anything else, in float32.
+
+        Raises ValueError if there is none, or one without all three parts. See `load_model` for the options.
+        """
         parts = ("autoencoder", "text", "denoiser")
-        model = load_model(path, parts)
+        if dtype is None and torch.device(device).type == "cpu":
+            dtype = torch.float32
+        model = load_model(path, parts, prediction=prediction, ema=ema, dtype=dtype)
+        for note in model.notes:
+            log.info("%s: %s", model.name, note)
         autoencoder, text, denoiser = (part.to(device).eval() for part in model.require(*parts))
         try:
             config = DiffusionConfig(**model.settings["diffusion"])
             size, null_prompt = model.settings["size"], model.settings["null_prompt"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} was made by another version, its settings do not fit: {error}") from error
+        channels: int = denoiser.config.in_channels  # type: ignore[assignment, union-attr]
+        if channels != autoencoder.latent_channels:
+            raise ValueError(
+                f"{path}: its denoiser takes {channels} channels and its latents have {autoencoder.latent_channels}: "
+                "it draws into a given picture, which this pipeline cannot ask for yet"
+            )
         diffusion = Diffusion.from_config(config)
         return cls(autoencoder, text, denoiser, diffusion, size=size, null_prompt=null_prompt, name=model.name)
 
@@ -152,12 +177,12 @@ class Pipeline:
         row = {prompt: i for i, prompt in enumerate(distinct)}
         network: Denoiser = self._network
         if request.guidance != 1:
-            uncond = self._encode([request.negative or self.null_prompt], 1)
+            uncond = self._told_sizes(self._uncond(request.negative), shape)
             network = guided(network, uncond, request.guidance, rescale=request.rescale)
         for number, start in enumerate(range(0, len(request.prompts), request.batch)):
             batch = slice(start, start + request.batch)
             noise = ImageNoise(request.seeds[batch], shape)
-            cond = encoded[[row[prompt] for prompt in request.prompts[batch]]]
+            cond = self._told_sizes(encoded[[row[prompt] for prompt in request.prompts[batch]]], shape)
             denoise = self.diffusion.denoise(network, cond)
             for step in take(denoise, noise().to(device), levels, noise=noise):
                 yield Step(number * request.steps + step.index, step.x, step.x0)
@@ -171,6 +196,20 @@ class Pipeline:
         device, dtype = _home(self.denoiser)
         parts = [self.text(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
         return Conditioning.cat(parts).map(lambda v: v.to(device, dtype if v.is_floating_point() else v.dtype))
+
+    def _uncond(self, negative: str) -> Conditioning:
+        if negative or self.null_prompt is not None:
+            return self._encode([negative or self.null_prompt or ""], 1)
+        return self._encode([""], 1).map(lambda v: torch.zeros_like(v) if v.is_floating_point() else v)
+
+    def _told_sizes(self, cond: Conditioning, shape: tuple[int, ...]) -> Conditioning:
+        """With the sizes that SDXL asks for: a picture that was never larger, nor cropped."""
+        if not getattr(getattr(self.denoiser, "config", None), "size_dim", 0):
+            return cond
+        assert cond.context is not None
+        height, width = (side * self.autoencoder.factor for side in shape[-2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=cond.context.device)
+        return replace(cond, sizes=sizes.expand(len(cond.context), -1))
 
     def _latent_shape(self, request: Request) -> tuple[int, ...]:
         factor: int = self.autoencoder.factor

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import ldm.cli.generate
 import ldm.pipeline
-from ldm.checkpoints.load import LoadedModel
+from ldm.checkpoints.model import LoadedModel
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.images import read_settings

@@ -95,14 +95,34 @@ def newest_valid(checkpoints: Path) -> Path | None:
     return None
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
+@contextmanager
+def commit_file(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`; when the block ends it is flushed and becomes `path` by one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stage = path.parent / f".tmp-{path.name}"
+    try:
+        yield stage
+        _fsync(stage)
+        stage.replace(path)
+        _fsync(path.parent)
+    finally:
+        stage.unlink(missing_ok=True)
+
+
+def save_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any] | None = None,
+    strings: dict[str, str] | None = None,
+) -> None:
     """Write tensors as safetensors; `metadata` is stored as JSON in its header, under the key `ldm`.
 
-    The only key: safetensors writes several in random order, and equal runs must give equal bytes.
+    The only key, unless other programs need `strings` too: safetensors writes several in random order, and equal
+    runs must give equal bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(plain, path, metadata={"ldm": json.dumps(metadata or {}, sort_keys=True)})
+    save_file(plain, path, metadata={"ldm": json.dumps(metadata or {}, sort_keys=True)} | (strings or {}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,13 +1,14 @@
-"""Model folders: one safetensors file a component, its config in the header, and `model.json` beside them."""
+"""One door for every model: run folders, our own model folders, diffusers folders and single files."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ldm.checkpoints import compvis, diffusers
 from ldm.checkpoints.files import (
     newest_valid,
     read_json,
@@ -17,45 +18,19 @@ from ldm.checkpoints.files import (
     verify,
     write_json,
 )
-from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.clip import ImageConfig, ImageEncoder
-from ldm.models.text import TextConfig, TextEncoder
-from ldm.models.unet import UNet, UNetConfig
+from ldm.checkpoints.model import KINDS, LoadedModel, build, from_plain, kind_of
 
-KINDS: dict[str, tuple[type[nn.Module], type[Any]]] = {
-    "autoencoder": (AutoencoderKL, AutoencoderConfig),
-    "text": (TextEncoder, TextConfig),
-    "image": (ImageEncoder, ImageConfig),
-    "unet": (UNet, UNetConfig),
-}
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """Components by name (autoencoder, text, image, denoiser), what they were trained with, and a name."""
-
-    components: dict[str, nn.Module]
-    settings: dict[str, Any]
-    name: str
-    folder: Path
-
-    def require(self, *names: str) -> list[nn.Module]:
-        """Those components, in that order. Raises ValueError saying what this model is if one is missing."""
-        missing = [n for n in names if n not in self.components]
-        if missing:
-            raise ValueError(
-                f"{self.folder} holds {', '.join(self.components)}; this needs {', '.join(missing)} as well"
-            )
-        return [self.components[n] for n in names]
-
-
 def find_model(path: str | Path) -> Path:
-    """The model folder that `path` means: itself, or the newest valid checkpoint of a run folder.
+    """What `path` means: a file, a model folder of ours or of diffusers, or the newest valid checkpoint of a run.
 
-    Raises ValueError if there is none, or if a file of it was truncated or altered.
+    Raises ValueError if there is none, or if a file of ours was truncated or altered.
     """
     path = Path(path)
+    if path.is_file() or diffusers.is_folder(path):
+        return path
     if (path / "model.json").is_file():
         verify(path)
         return path
@@ -67,67 +42,78 @@ def find_model(path: str | Path) -> Path:
         return found
     if not path.exists():
         raise ValueError(f"no model at {str(path)!r}: no such file or folder")
-    raise ValueError(f"{str(path)!r} is no model: give a run folder or a folder with a model.json")
+    raise ValueError(f"{str(path)!r} is no model: give a run folder, a model folder of ours or of diffusers, or a file")
 
 
-def load_model(path: str | Path, names: Sequence[str] | None = None) -> LoadedModel:
-    """Load a model folder or run folder, on the CPU, in evaluation mode; only `names` if given.
+def format_of(path: Path) -> str:
+    """native | diffusers | compvis: how to read what `find_model` found."""
+    if path.is_file():
+        return "compvis"
+    return "native" if (path / "model.json").is_file() else "diffusers"
 
+
+def load_model(
+    path: str | Path,
+    names: Sequence[str] | None = None,
+    *,
+    prediction: str | None = None,
+    ema: bool = False,
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
+    """Load a model of any format, on the CPU, in evaluation mode; only the components `names` if given.
+
+    prediction: what the denoiser predicts, against what the file says or leaves open. ema: the averaged weights of a
+    CompVis file that has both. dtype: of all floats; None keeps the file's.
     Raises ValueError, naming the file, when something is missing, altered or of another shape.
     """
-    folder = find_model(path)
+    found = find_model(path)
+    if ema and format_of(found) != "compvis":
+        raise ValueError(f"{found}: only a single file of CompVis keeps averaged weights beside the others")
+    if format_of(found) == "native":
+        model = _load_native(found, names, dtype)
+    elif format_of(found) == "diffusers":
+        model = diffusers.read(found, names, dtype=dtype)
+    else:
+        return compvis.read(found, names, prediction=prediction, ema=ema, dtype=dtype)
+    if prediction and "diffusion" in model.settings:
+        model.settings["diffusion"] |= {"prediction": prediction}
+    return model
+
+
+def _load_native(folder: Path, names: Sequence[str] | None, dtype: torch.dtype | None) -> LoadedModel:
     description = read_json(folder / "model.json")
     if description.get("format") != FORMAT:
         raise ValueError(f"{folder}/model.json has format {description.get('format')}; this reads {FORMAT}")
     wanted = [n for n in description["components"] if names is None or n in names]
-    components = {name: load_component(folder / f"{name}.safetensors") for name in wanted}
-    return LoadedModel(components, description["settings"], description["name"], folder)
+    components = {name: load_component(folder / f"{name}.safetensors", dtype) for name in wanted}
+    extra = read_tensors(folder / "extra.safetensors")[0] if (folder / "extra.safetensors").is_file() else {}
+    return LoadedModel(components, description["settings"], description["name"], folder, extra)
 
 
-def load_component(file: Path) -> nn.Module:
-    """One component from its file, strictly: every tensor must be there and have its shape."""
+def load_component(file: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """One component from its own file, strictly: every tensor must be there and have its shape."""
     tensors, metadata = read_tensors(file)
     if metadata.get("kind") not in KINDS:
         raise ValueError(f"{file} has no known kind of component: {metadata.get('kind')!r}")
-    module_class, config_class = KINDS[metadata["kind"]]
     try:
-        config = config_class(**_tuples(metadata["config"]))
+        config = from_plain(KINDS[metadata["kind"]][1], metadata["config"])
     except TypeError as error:
         raise ValueError(f"{file} was made by another version: {error}") from error
-    with torch.device("meta"):  # allocate nothing and initialise nothing before the weights are known
-        module = module_class(config)
-    load_tensors(module, tensors, str(file), assign=True)
-    return module.eval()
+    return build(metadata["kind"], config, tensors, str(file), dtype=dtype)
 
 
-def load_tensors(module: nn.Module, tensors: dict[str, Tensor], source: str, *, assign: bool = False) -> None:
-    """Put `tensors` into `module`; ValueError listing what is missing, unknown or of another shape."""
-    expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    wrong = [f"missing {k}" for k in expected if k not in tensors]
-    wrong += [f"unknown {k}" for k in tensors if k not in expected]
-    wrong += [
-        f"{k} is {tuple(v.shape)} instead of {expected[k]}"
-        for k, v in tensors.items()
-        if k in expected and tuple(v.shape) != expected[k]
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{source} does not fit this model: {'; '.join(wrong[:3])}{more}")
-    module.load_state_dict(tensors, assign=assign)
-
-
-def save_model(folder: Path, components: dict[str, nn.Module], settings: dict[str, Any], name: str) -> None:
+def save_model(
+    folder: Path,
+    components: dict[str, nn.Module],
+    settings: dict[str, Any],
+    name: str,
+    extra: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write components and `model.json` into `folder` (inside a `commit` block, to be atomic)."""
     for component, module in components.items():
-        metadata = {"kind": _kind(module), "config": asdict(module.config)}  # type: ignore[call-overload]
+        metadata = {"kind": kind_of(module), "config": asdict(module.config)}  # type: ignore[call-overload]
         save_tensors(folder / f"{component}.safetensors", module.state_dict(), metadata)
+    if extra:
+        save_tensors(folder / "extra.safetensors", extra)
     description = {"format": FORMAT, "name": name, "components": list(components), "settings": settings}
     write_json(folder / "model.json", description)
-
-
-def _kind(module: nn.Module) -> str:
-    return next(kind for kind, (module_class, _) in KINDS.items() if type(module) is module_class)
-
-
-def _tuples(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}

@@ -17,7 +17,9 @@ GRID_IMAGES = 64  # as many as one can look at; the rest are in their files
 
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder or a model folder.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run or model folder, a folder of diffusers, or a file.")
+    ],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, each in quotes.")],
     negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
     count: Annotated[int, typer.Option(help="Images per prompt; the k-th uses seed + k.")] = 1,
@@ -28,6 +30,8 @@ def generate(
     guidance: Annotated[float, typer.Option(help="How strictly to follow the prompt; 1 turns it off.")] = 5.0,
     size: Annotated[str, typer.Option(help="Pixels, N or WxH; without it, the size trained at.")] = "",
     batch: Annotated[int, typer.Option(help="Images at a time; fewer need less memory.")] = 16,
+    prediction: Annotated[str, typer.Option(help="What the model predicts, against its file: eps, v, x0.")] = "",
+    ema: Annotated[bool, typer.Option(help="Averaged weights of a CompVis file that has both.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the images; nothing in it is overwritten.")] = Path("out"),
 ) -> None:
@@ -57,7 +61,7 @@ def generate(
     )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = Pipeline.load(model, device)
+    pipeline = Pipeline.load(model, device, prediction=prediction or None, ema=ema)
     stream = pipeline.stream(request)  # checks the rest
     out.mkdir(parents=True, exist_ok=True)
     numbers, index, shown = _numbers(out, ""), 0, []

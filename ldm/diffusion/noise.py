@@ -62,7 +62,7 @@ class NoiseSchedule(Protocol):
 class DiscreteSchedule:
     """A variance-preserving chain of T levels, alpha^2 + sigma^2 = 1 (Ho et al. 2020, eq. 4); t is 0..T-1.
 
-    alpha_bar [T], float64: the share of the signal's variance that is left, falling in (0, 1).
+    alpha_bar [T], float64: the share of the signal's variance that is left, falling in [0, 1).
     """
 
     alpha_bar: Tensor
@@ -186,6 +186,13 @@ def discrete(kind: str, steps: int, beta_start: float, beta_end: float) -> Discr
         ends = beta_start ** (1 / power), beta_end ** (1 / power)
         betas = torch.linspace(*ends, steps, dtype=torch.float64) ** power
     return DiscreteSchedule(torch.cumprod(1 - betas, dim=0))
+
+
+def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
+    """The schedule with its last level moved to pure noise, its first kept (Lin et al. 2024, algorithm 1)."""
+    signal = schedule.alpha_bar.sqrt()
+    first, last = signal[0], signal[-1]
+    return DiscreteSchedule(((signal - last) * first / (first - last)).square())
 
 
 def _preserving(t: Tensor, alpha_bar: Tensor) -> NoiseLevel:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.diffusion.noise import BETAS, SPACINGS, FlowSchedule, NoiseLevel, NoiseSchedule, discrete
+from ldm.diffusion.noise import BETAS, SPACINGS, FlowSchedule, NoiseLevel, NoiseSchedule, discrete, zero_terminal_snr
 from ldm.diffusion.prediction import PREDICTIONS, determinant, target, to_x0
 from ldm.names import known
 from ldm.types import Conditioning, Denoise, Denoiser
@@ -23,6 +23,7 @@ class DiffusionConfig:
     train_steps: int = 1000  # discrete schedules
     beta_start: float = 0.00085  # scaled_linear and linear
     beta_end: float = 0.012
+    zero_snr: bool = False  # rescale a discrete schedule so that its last level is pure noise; not with eps
     timesteps: str = "uniform"  # how training draws its levels: uniform | logit_normal
     shift: float = 1.0  # flow: above 1 spends more time at high noise
     weighting: str = "none"  # none | min_snr
@@ -50,14 +51,16 @@ class Diffusion:
         known("weighting", config.weighting, WEIGHTINGS)
         flow = config.schedule == "flow"
         known("spacing", config.spacing, SPACINGS[1:] if flow else SPACINGS)
-        if flow and config.prediction == "eps":
-            # at time 1 there is no signal, and x0 = (x - sigma * eps) / alpha has no answer
-            raise ValueError("prediction 'eps' cannot start from the pure noise of 'flow'; use flow, v or x0")
+        if (flow or config.zero_snr) and config.prediction == "eps":
+            # at the noisy end there is no signal, and x0 = (x - sigma * eps) / alpha has no answer
+            start = "'flow'" if flow else "zero_snr"
+            raise ValueError(f"prediction 'eps' cannot start from the pure noise of {start}; use flow, v or x0")
         if config.shift <= 0 or config.min_snr_gamma <= 0:
             raise ValueError(f"shift and min_snr_gamma must be above 0, got {config.shift} and {config.min_snr_gamma}")
         schedule: NoiseSchedule = FlowSchedule(config.shift)
         if not flow:
             schedule = discrete(config.schedule, config.train_steps, config.beta_start, config.beta_end)
+            schedule = zero_terminal_snr(schedule) if config.zero_snr else schedule
         return cls(
             schedule,
             config.prediction,
@@ -102,10 +105,14 @@ class Diffusion:
         return self.weight(level).to(error) * error
 
     def denoise(self, denoiser: Denoiser, cond: Conditioning) -> Denoise:
-        """What a sampler calls: (x_t [B, C, H, W], scalar level) -> x0 [B, C, H, W]."""
+        """What a sampler calls: (x_t [B, C, H, W], scalar level) -> x0 [B, C, H, W].
+
+        Of a network that learned its variance as well, [B, 2 C, H, W], the prediction is the first half.
+        """
 
         def x0_at(x: Tensor, level: NoiseLevel) -> Tensor:
-            return to_x0(self.prediction, denoiser(x, _told(level, x), cond), x, level)
+            output = denoiser(x, _told(level, x), cond)[:, : x.shape[1]]
+            return to_x0(self.prediction, output, x, level)
 
         return x0_at
 

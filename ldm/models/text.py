@@ -90,6 +90,17 @@ class Tokenizer:
         return len(self.bpe.encode(prompt)) + 2
 
 
+def clip_vocabulary() -> tuple[dict[str, int], str]:
+    """CLIP's vocabulary and merges in the files and spelling of transformers: vocab.json, merges.txt."""
+    import_open_clip()
+    from open_clip.tokenizer import SimpleTokenizer
+
+    bpe = SimpleTokenizer()
+    spelling = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    merges = "\n".join(" ".join(pair) for pair in bpe.bpe_ranks)
+    return {spelling.get(word, word): i for word, i in bpe.encoder.items()}, f"#version: 0.2\n{merges}\n"
+
+
 class TextEncoder(nn.Module):
     """CLIP's causal text transformer (Radford et al. 2021, sec. 2.4).
 

@@ -42,6 +42,9 @@ class UNetConfig:
             raise ValueError(
                 f"unet: depths {self.depths} must name one value per level of multipliers {self.multipliers}"
             )
+        widths = [self.channels * m for m in self.multipliers]
+        if self.head_dim and any(width % self.head_dim for width in widths):
+            raise ValueError(f"unet: head_dim {self.head_dim} must divide every level's channels, {widths}")
         if self.pooled_layers not in (1, 2):
             raise ValueError(f"unet: pooled_layers must be 1 or 2, not {self.pooled_layers}")
         if self.size_dim and self.pooled_layers != 2:

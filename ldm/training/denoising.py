@@ -1,7 +1,8 @@
 """The latent denoiser: text to latents, in the space of a frozen autoencoder."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,16 @@ from data_pipeline.batch import Batch
 from ldm.checkpoints.load import load_model
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.text import TextEncoder
+from ldm.models.dit import DiT, DiTConfig
+from ldm.models.mmdit import MMDiT, MMDiTConfig
 from ldm.models.unet import UNet, UNetConfig
+from ldm.names import known
 from ldm.pipeline import Pipeline, Request
 from ldm.training.randomness import SampleRandomness
 from ldm.training.tasks import Metrics, Task, TaskConfig, bare, freeze
 from ldm.types import Conditioning
+
+ARCHITECTURES: dict[str, Callable[[Any], nn.Module]] = {"unet": UNet, "dit": DiT, "mmdit": MMDiT}
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,10 @@ class DenoisingTaskConfig(TaskConfig):
     kind: str = "denoising"
     autoencoder: str = "???"  # model or run folder that has one
     text: str = "???"  # model or run folder that has one
+    architecture: str = "unet"  # which of the next three is trained: unet | dit | mmdit
     unet: UNetConfig = field(default_factory=UNetConfig)
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    mmdit: MMDiTConfig = field(default_factory=MMDiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     dropout: float = 0.1  # share of captions replaced by the null prompt, for classifier-free guidance
     null_prompt: str = ""
@@ -34,6 +42,7 @@ class DenoisingTaskConfig(TaskConfig):
     preview_guidance: float = 4.0
 
     def __post_init__(self) -> None:
+        known("task.architecture", self.architecture, ARCHITECTURES)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"task.dropout must be in [0, 1), not {self.dropout}")
 
@@ -46,24 +55,32 @@ class DenoisingTask(Task):
     def __init__(self, config: DenoisingTaskConfig, *, size: int, seed: int) -> None:
         super().__init__()
         self.config, self.size, self.seed = config, size, seed
-        (autoencoder,) = load_model(config.autoencoder, ["autoencoder"]).require("autoencoder")
-        (text,) = load_model(config.text, ["text"]).require("text")
-        assert isinstance(autoencoder, AutoencoderKL) and isinstance(text, TextEncoder)
-        if size % autoencoder.factor:
-            raise ValueError(f"picture size {size} must be a multiple of the latent factor {autoencoder.factor}")
-        for name, given, needed in (
-            ("in_channels", config.unet.in_channels, autoencoder.latent_channels),
-            ("out_channels", config.unet.out_channels, autoencoder.latent_channels),
-            ("context_dim", config.unet.context_dim, text.context_dim),
-            ("pooled_dim", config.unet.pooled_dim, text.pooled_dim if config.unet.pooled_dim else 0),
-        ):
-            if given != needed:
-                raise ValueError(f"task.unet.{name} is {given}; the frozen models need {needed}")
-        self.autoencoder = autoencoder
-        self.text = text
+        (autoencoder,) = load_model(config.autoencoder, ["autoencoder"], dtype=torch.float32).require("autoencoder")
+        (text,) = load_model(config.text, ["text"], dtype=torch.float32).require("text")
+        assert isinstance(autoencoder, AutoencoderKL)
+        self.autoencoder, self.text = autoencoder, text
         freeze(autoencoder), freeze(text)
-        self.denoiser = UNet(config.unet)
+        self.network: Any = getattr(config, config.architecture)
+        self._check_fit()
+        self.denoiser = ARCHITECTURES[config.architecture](self.network)
         self.diffusion = Diffusion.from_config(config.diffusion)
+
+    def _check_fit(self) -> None:
+        """Raise ValueError, before any work, where the denoiser cannot work with the frozen models."""
+        if self.size % self.autoencoder.factor:
+            raise ValueError(
+                f"picture size {self.size} must be a multiple of the latent factor {self.autoencoder.factor}"
+            )
+        latent, text = self.autoencoder.latent_channels, cast(Any, self.text)
+        needed = {"in_channels": latent, "out_channels": latent, "classes": 0}
+        needed |= {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
+        for name, value in needed.items():
+            given = getattr(self.network, name, 0)
+            optional = name == "pooled_dim" and given == 0 and self.config.architecture != "mmdit"
+            if given != value and not optional:
+                raise ValueError(
+                    f"task.{self.config.architecture}.{name} is {given}; the frozen models and captions need {value}"
+                )
 
     def losses(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, Metrics]]:
         loss = self._loss(batch, dropout=self.config.dropout).mean()
@@ -120,4 +137,8 @@ class DenoisingTask(Task):
         ]
         side = self.size // self.autoencoder.factor
         noise = random.normal("posterior", (self.autoencoder.latent_channels, side, side))
-        return self.autoencoder.encode(batch.image, noise), self.text(captions)
+        cond: Conditioning = self.text(captions)
+        if getattr(self.network, "size_dim", 0):  # a picture that was never larger, nor cropped
+            sizes = torch.tensor([self.size, self.size, 0, 0, self.size, self.size], device=batch.image.device)
+            cond = replace(cond, sizes=sizes.expand(len(batch), -1))
+        return self.autoencoder.encode(batch.image, noise), cond

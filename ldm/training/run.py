@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import Batch
 from data_pipeline.loader import DataConfig, Loader, fixed_batch
 from data_pipeline.shards import ShardDataset
-from ldm.checkpoints.files import read_tensors
-from ldm.checkpoints.load import find_model, load_tensors
+from ldm.checkpoints.load import load_model
+from ldm.checkpoints.model import load_tensors
 from ldm.config import load_config, plain, to_yaml
 from ldm.names import known
 from ldm.nn.attention import BACKENDS, set_backend
@@ -119,16 +120,15 @@ def inspection(config: RunConfig, dataset: ShardDataset) -> Inspection:
 
 
 def start_from(task: Task, model: str) -> None:
-    """Put the weights of an existing model into the task's components of the same name."""
-    folder = find_model(model)
+    """Put the weights of an existing model, of any format, into the task's components of the same name."""
     own = {id(m) for name in task.trained for m in getattr(task, name).modules()}
     trained = {name: module for name, module in task.components().items() if id(module) in own}
+    found = load_model(model, list(trained), dtype=torch.float32)
     for name, module in trained.items():
-        file = folder / f"{name}.safetensors"
-        if not file.is_file():
+        if name not in found.components:
             raise ValueError(f"init={model!r} has no {name}, which this task trains")
-        load_tensors(module, read_tensors(file)[0], f"init={model!r}, {name}")
-    log.info("starting from %s: %s", folder, ", ".join(trained))
+        load_tensors(module, found.components[name].state_dict(), f"init={model!r}, {name}")
+    log.info("starting from %s: %s", found.folder, ", ".join(trained))
 
 
 def summary(config: RunConfig, dataset: ShardDataset, task: Task) -> str:

@@ -20,7 +20,8 @@ from ldm.checkpoints.files import (
     steps,
     write_json,
 )
-from ldm.checkpoints.load import load_tensors, save_model
+from ldm.checkpoints.load import save_model
+from ldm.checkpoints.model import load_tensors
 from ldm.training.ema import EMA
 from ldm.training.tasks import Task
 

@@ -9,7 +9,8 @@ import torch
 
 from ldm.checkpoints import files
 from ldm.checkpoints.files import commit, newest_valid, read_tensors, save_tensors, verify
-from ldm.checkpoints.load import find_model, load_model, load_tensors, save_model
+from ldm.checkpoints.load import find_model, load_model, save_model
+from ldm.checkpoints.model import load_tensors
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -3,7 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ldm.checkpoints.layouts.table import Entry, Shapes, entries, fixed
+import torch
+from torch import Tensor
+
+from ldm.checkpoints.layouts.table import Entry, Shapes, Tensors, entries, fixed
 from ldm.models.autoencoder import AutoencoderConfig
 
 COMPVIS, DIFFUSERS = 0, 1
@@ -19,6 +22,8 @@ ATTENTION = {
 }
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """diffusers before 0.15 wrote the left ones, and the published folders still have them."""
+
+SCALING_FACTOR = 0.18215  # where a config.json says nothing
 
 FIXED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu",), "mid_block_add_attention": (True,)}
 
@@ -149,3 +154,29 @@ def to_diffusers(config: AutoencoderConfig, size: int, scale: float, shift: floa
         "shift_factor": shift or None,
         "force_upcast": True,
     }
+
+
+def fold(native: Tensors, mean: Tensor, std: Tensor, wanted_std: float) -> tuple[Tensors, bool]:
+    """The autoencoder's tensors such that its raw latents have mean 0 and `wanted_std` in every channel.
+
+    latent = (raw - mean) / std is affine, and so are the 1x1 convolutions that make raw latents and read them.
+    Returns the tensors and whether that changed them. Raises ValueError if it has no such convolutions.
+    """
+    mean, std = mean.flatten(), std.flatten()
+    if not mean.any() and torch.allclose(std, torch.full_like(std, wanted_std), rtol=1e-6):
+        return native, False
+    if "quant.weight" not in native:
+        raise ValueError("latent statistics other than the family's need an autoencoder with quant convolutions")
+    gain = (wanted_std / std).double()
+    channels = len(gain)
+    rows = torch.cat([gain, torch.ones_like(gain)])
+    weight, bias = native["quant.weight"].double(), native["quant.bias"].double()
+    offset = torch.cat([-mean.double() * gain, 2 * gain.log()])
+    result = dict(native)
+    result["quant.weight"] = (weight * rows[:, None, None, None]).to(native["quant.weight"])
+    result["quant.bias"] = (bias * rows + offset).to(native["quant.bias"])
+    weight = native["post_quant.weight"].double()
+    shift = weight.view(channels, channels) @ mean.double()
+    result["post_quant.weight"] = (weight / gain[None, :, None, None]).to(native["post_quant.weight"])
+    result["post_quant.bias"] = (native["post_quant.bias"].double() + shift).to(native["post_quant.bias"])
+    return result, True

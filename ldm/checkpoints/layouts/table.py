@@ -92,7 +92,9 @@ def _split(entry: Entry, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return list(zip(entry.foreign, tensor.chunk(len(entry.foreign)), strict=True))
     if entry.how == "matrix":
         tensor = tensor[:, :, 0, 0]
-    return [(name, _turned(entry, tensor)) for name in entry.foreign]
+    if entry.how == "copies":  # of their own: a file cannot hold one tensor under two names
+        return [(name, tensor.clone()) for name in entry.foreign]
+    return [(entry.foreign[0], _turned(entry, tensor))]
 
 
 def _turned(entry: Entry, tensor: Tensor) -> Tensor:

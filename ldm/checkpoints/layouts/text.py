@@ -1,9 +1,12 @@
 """What transformers and open_clip call the parts of CLIP's text tower, and its config in either's words."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from ldm.checkpoints.layouts.table import Entry, Shapes, entries, fixed
+import torch
+
+from ldm.checkpoints.layouts.table import Entry, Shapes, Tensors, entries, fixed
 from ldm.models.text import VOCABULARY, TextConfig
 
 LAYER = {
@@ -42,8 +45,7 @@ def open_clip(keys: Iterable[str]) -> list[Entry]:
 def infer(shapes: Shapes, *, skip: int, final_norm: bool) -> TextConfig:
     """The config of an open_clip tower (names such as `transformer.resblocks.0.ln_1.weight`) from its tensors.
 
-    Heads and activation leave no trace in them; the rule is that of every published CLIP: 64 channels a head, and
-    quick GELU in OpenAI's ViT-L alone, which is stored in the names of transformers.
+    Heads and activation leave no trace in them; the rule is that of the published ones: 64 channels a head, and GELU.
     """
     width = shapes["token_embedding.weight"][1]
     return TextConfig(
@@ -60,7 +62,10 @@ def infer(shapes: Shapes, *, skip: int, final_norm: bool) -> TextConfig:
 
 
 def infer_transformers(shapes: Shapes, *, skip: int, final_norm: bool) -> TextConfig:
-    """The same for names as in `text_model.encoder.layers.0.layer_norm1.weight`."""
+    """The same for names as in `text_model.encoder.layers.0.layer_norm1.weight`.
+
+    In single files only OpenAI's ViT-L is stored under these names, and it has quick GELU.
+    """
     width = shapes[f"{WRAPPER}embeddings.token_embedding.weight"][1]
     return TextConfig(
         width=width,
@@ -70,7 +75,7 @@ def infer_transformers(shapes: Shapes, *, skip: int, final_norm: bool) -> TextCo
         context_length=shapes[f"{WRAPPER}embeddings.position_embedding.weight"][0],
         skip=skip,
         final_norm=final_norm,
-        activation="quick_gelu" if width == 768 else "gelu",
+        activation="quick_gelu",
         pad_id=END,
     )
 
@@ -116,3 +121,12 @@ def to_transformers(config: TextConfig) -> dict[str, Any]:
         "eos_token_id": END,
         "pad_token_id": 1,
     }
+
+
+def with_last_block(config: TextConfig, native: Tensors) -> tuple[TextConfig, Tensors]:
+    """With a last block and a projection of zeros, which OpenCLIP's names call for and skip = 1 leaves unread."""
+    last, blocks = f"resblocks.{config.layers - 1}.", f"resblocks.{config.layers}."
+    added = {k.replace(last, blocks): torch.zeros_like(v) for k, v in native.items() if last in k}
+    projection = native["tower.ln_final.weight"].new_zeros(config.width, config.width)
+    full = replace(config, layers=config.layers + 1, skip=config.skip + 1, embed_dim=config.width)
+    return full, native | added | {"tower.text_projection": projection}

@@ -1,0 +1,132 @@
+"""From one format to another, checked by running both."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints import compvis, diffusers
+from ldm.checkpoints.files import commit
+from ldm.checkpoints.load import load_model, save_model
+from ldm.checkpoints.model import LoadedModel, config_of, kind_of
+from ldm.names import known
+from ldm.types import Conditioning
+
+FORMATS = ("native", "compvis", "diffusers")
+LIMIT = 1e-4
+"""How far outputs may be apart, relative to the largest: equal weights at other addresses add up in another order."""
+
+
+def convert(
+    source: Path,
+    target: Path,
+    to: str,
+    *,
+    dtype: torch.dtype | None = None,
+    ema: bool = False,
+    prediction: str | None = None,
+) -> tuple[str, ...]:
+    """Write the model at `source` to `target` in format `to`; returns what was assumed or changed on the way.
+
+    The result is read back and its outputs on random input compared with the source's before it gets its name.
+    Raises ValueError, and leaves nothing behind, if the format cannot hold the model or the outputs differ.
+    """
+    known("format", to, FORMATS)
+    if target.exists():
+        raise ValueError(f"{target} exists; nothing is overwritten")
+    if (to == "compvis") != (target.suffix == ".safetensors"):
+        raise ValueError(
+            f"--to {to} writes a {'.safetensors file' if to == 'compvis' else 'folder'}, not {target.name!r}"
+        )
+    model = load_model(source, prediction=prediction, ema=ema, dtype=dtype)
+    stage = target.parent / f".check-{target.name}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        notes = write(model, stage, to)
+        check(model, load_model(stage), exact=not notes)
+        stage.rename(target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True) if stage.is_dir() else stage.unlink(missing_ok=True)
+    return model.notes + notes
+
+
+def write(model: LoadedModel, target: Path, to: str) -> tuple[str, ...]:
+    """The model in format `to`; returns notes on what the format made necessary."""
+    if to == "compvis":
+        return compvis.write(model, target)
+    if to == "diffusers":
+        return diffusers.write(model, target)
+    with commit(target) as stage:
+        save_model(stage, model.components, model.settings, model.name, model.extra)
+    return ()
+
+
+def check(model: LoadedModel, again: LoadedModel, *, exact: bool) -> None:
+    """Raise ValueError unless both models' components say the same of the same random input, in float32.
+
+    exact: their tensors must be equal too, to the bit; not so where weights had to be recomputed.
+    """
+    for name in model.components:
+        if name not in again.components:
+            raise ValueError(f"the conversion lost the {name}")
+        mine, theirs = model.components[name], again.components[name]
+        state = theirs.state_dict()
+        for key, tensor in mine.state_dict().items():
+            # the latents' scale passes through a decimal
+            if exact and key != "latent_std" and not torch.equal(state[key], tensor):
+                raise ValueError(f"the conversion changed {name}.{key}")
+        # A text encoder without a projection says one thing less than one with it.
+        for before, after in zip(probe(mine), probe(theirs), strict=False):
+            error = float((before - after).abs().max() / before.abs().max().clamp(min=1e-12))
+            if not error <= LIMIT:
+                raise ValueError(f"the conversion changed what the {name} says, by {error:.1e} of its largest output")
+
+
+@torch.inference_mode()
+def probe(module: nn.Module) -> list[Tensor]:
+    """What a component says of fixed random input, computed in float32."""
+    home = next(module.parameters()).dtype
+    module.float()
+    try:
+        return [part.float() for part in _outputs(module)]
+    finally:
+        module.to(home)
+
+
+def _outputs(module: Any) -> list[Tensor]:
+    kind, config = kind_of(module), config_of(module)
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if kind == "autoencoder":
+        side = 4 * module.factor
+        latent = noise(1, config.latent_channels, 4, 4)
+        return [module.encode(noise(1, config.image_channels, side, side).clamp(-1, 1)), module.decode(latent)]
+    if kind in ("text", "text_pair", "transformers_text"):
+        told = module(["a red circle to the left of a blue square", ""])
+        projected = kind == "text_pair" or getattr(config, "embed_dim", 0)
+        return [told.context, told.pooled] if projected else [told.context]
+    if kind == "image":
+        return [module(noise(1, 3, config.size, config.size).clamp(-1, 1))]
+    network = config.unet if kind == "controlnet" else config
+    side = 4 * (module.encoder.factor if kind == "controlnet" else module.factor)
+    pooled, size = getattr(network, "pooled_dim", 0), getattr(network, "size_dim", 0)
+    classes = getattr(network, "classes", 0)
+    hint = (
+        (noise(1, config.hint_channels, side * module.hint_factor, side * module.hint_factor),)
+        if kind == "controlnet"
+        else ()
+    )
+    cond = Conditioning(
+        context=noise(1, 7, network.context_dim) if network.context_dim else None,
+        pooled=noise(1, pooled) if pooled else None,
+        sizes=torch.tensor([[512, 512, 0, 0, 512, 512]]) if size else None,
+        label=torch.tensor([classes - 1]) if classes else None,
+        control=hint,
+    )
+    output = module(noise(1, network.in_channels, side, side), torch.tensor([500.0]), cond)
+    return list(output) if isinstance(output, tuple) else [output]

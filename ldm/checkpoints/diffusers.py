@@ -1,0 +1,297 @@
+"""Folders of diffusers: whole pipelines, and single components."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.checkpoints.files import commit, read_json, read_tensors, save_tensors, write_json
+from ldm.checkpoints.foreign import read_component
+from ldm.checkpoints.layouts import autoencoder, dit, mmdit, scheduler, text, unet, unet_config
+from ldm.checkpoints.layouts.table import Entry, Tensors, to_foreign, to_native
+from ldm.checkpoints.model import LoadedModel, build, config_of, keys_of, kind_of
+from ldm.models.text import TextConfig, TextPair, TextPairConfig, clip_vocabulary
+
+VERSION = "0.42.0"
+WEIGHTS = "diffusion_pytorch_model"
+LEFT_OUT = "left_out.safetensors"
+"""What the library's own text encoder has no room for: the blocks that the context leaves out, the projection."""
+
+PLACES = {"vae": "autoencoder", "unet": "denoiser", "transformer": "denoiser", "controlnet": "controlnet"}
+UNETS = ("UNet2DConditionModel", "UNet2DModel")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a pipeline's folder or a component's."""
+    if (path / "model_index.json").is_file():
+        return True
+    return (path / "config.json").is_file() and not (path / "model.json").is_file()
+
+
+def read(path: Path, names: Sequence[str] | None = None, *, dtype: torch.dtype | None = None) -> LoadedModel:
+    """A pipeline's folder or a component's. Raises ValueError naming the file and the reason."""
+    if not (path / "model_index.json").is_file():
+        name, module = _component(path, dtype)
+        return LoadedModel({name: module}, {}, path.name, path)
+    index = read_json(path / "model_index.json")
+    components: dict[str, nn.Module] = {}
+    for place, name in PLACES.items():
+        if (path / place / "config.json").is_file() and (names is None or name in names):
+            components[name] = _component(path / place, dtype)[1]
+    if names is None or "text" in names:
+        components |= _text(path, index, dtype)
+    settings, notes = _settings(path, index)
+    if not components:
+        raise ValueError(f"{path} has none of the components known here: {', '.join(PLACES)}, text_encoder")
+    return LoadedModel(components, settings, path.name, path, notes=notes)
+
+
+def _component(folder: Path, dtype: torch.dtype | None) -> tuple[str, nn.Module]:
+    words = read_json(folder / "config.json")
+    source = f"{folder}/config.json"
+    kind = words.get("_class_name") or next(iter(words.get("architectures") or ["?"]))
+    try:
+        if kind == "AutoencoderKL":
+            return "autoencoder", _autoencoder(folder, words, source, dtype)
+        if kind in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+            clip = text.from_transformers(words, source, pad_id=_pad_id(folder.parent / "tokenizer"))
+            return "text", build("text", *_clip(folder, clip), str(folder), dtype=dtype)
+        name, ours, config, table = _network(kind, words, source)
+    except KeyError as error:
+        raise ValueError(f"{source} says nothing of {error}") from error
+    tensors = {k: v for k, v in read_component(folder, WEIGHTS).items() if k not in (*dit.IGNORED, *mmdit.IGNORED)}
+    native = to_native(table, tensors, str(folder))
+    return name, build(ours, config, native, str(folder), dtype=dtype)
+
+
+def _network(kind: str, words: dict[str, Any], source: str) -> tuple[str, str, Any, list[Entry]]:
+    """(component, our kind, its config, its table) of a denoiser or ControlNet."""
+    if kind in UNETS:
+        config = unet_config.from_diffusers(words, source)
+        return "denoiser", "unet", config, unet.diffusers(config, keys_of("unet", config))
+    if kind == "ControlNetModel":
+        control = unet_config.controlnet_from_diffusers(words, source)
+        return "controlnet", "controlnet", control, unet.controlnet_diffusers(control, keys_of("controlnet", control))
+    if kind == "DiTTransformer2DModel":
+        transformer = dit.from_diffusers(words)
+        return "denoiser", "dit", transformer, dit.diffusers(transformer, keys_of("dit", transformer))
+    if kind == "SD3Transformer2DModel":
+        joint = mmdit.from_diffusers(words)
+        return "denoiser", "mmdit", joint, mmdit.diffusers(joint, keys_of("mmdit", joint))
+    raise ValueError(f"{source}: {kind} is not known here")
+
+
+def _autoencoder(folder: Path, words: Mapping[str, Any], source: str, dtype: torch.dtype | None) -> nn.Module:
+    config = autoencoder.from_diffusers(words, source)
+    tensors = {autoencoder.modern(k): v for k, v in read_component(folder, WEIGHTS).items()}
+    native = to_native(autoencoder.diffusers(config, keys_of("autoencoder", config)), tensors, str(folder))
+    like, shape = next(iter(native.values())), (config.latent_channels, 1, 1)
+    native["latent_mean"] = like.new_full(shape, words.get("shift_factor") or 0.0)
+    native["latent_std"] = like.new_full(shape, 1 / words.get("scaling_factor", autoencoder.SCALING_FACTOR))
+    return build("autoencoder", config, native, str(folder), dtype=dtype)
+
+
+def _text(path: Path, index: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, nn.Module]:
+    folders = [path / name for name in ("text_encoder", "text_encoder_2") if (path / name / "config.json").is_file()]
+    if not folders or (path / "text_encoder_3").is_dir():
+        return {}
+    configs, states = [], []
+    for folder in folders:
+        words = read_json(folder / "config.json")
+        tokenizer = path / folder.name.replace("text_encoder", "tokenizer")
+        config = text.from_transformers(words, f"{folder}/config.json", pad_id=_pad_id(tokenizer))
+        _check_vocabulary(tokenizer)
+        config, state = _clip(folder, config)
+        configs.append(config)
+        states.append(state)
+    if len(folders) == 1:
+        return {"text": build("text", configs[0], states[0], str(folders[0]), dtype=dtype)}
+    pair = TextPairConfig(*(replace(config, skip=1, final_norm=False) for config in configs))
+    state = {f"{half}.{k}": v for half, s in zip(("first", "second"), states, strict=True) for k, v in s.items()}
+    return {"text": build("text_pair", pair, state, f"{path}/text_encoder, text_encoder_2", dtype=dtype)}
+
+
+def _clip(folder: Path, config: TextConfig) -> tuple[TextConfig, Tensors]:
+    """CLIP's text tower, with what we left out of the folder when we wrote it."""
+    tensors = {_wrapped(k): v for k, v in read_component(folder, "model").items() if not k.endswith("position_ids")}
+    state = to_native(text.transformers(config, keys_of("text", config)), tensors, str(folder))
+    if (folder / LEFT_OUT).is_file():
+        rest, recorded = read_tensors(folder / LEFT_OUT)
+        config = replace(config, **recorded)
+        state |= rest
+    return config, state
+
+
+def _wrapped(name: str) -> str:
+    return name if name.startswith((text.WRAPPER, "text_projection")) else text.WRAPPER + name
+
+
+def _pad_id(tokenizer: Path) -> int:
+    """0 where the tokenizer pads with "!", as OpenCLIP does; else the end token, as Stable Diffusion 1 does."""
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (tokenizer / name).is_file() and "pad_token" in (words := read_json(tokenizer / name)):
+            pad = words["pad_token"]
+            return 0 if (pad["content"] if isinstance(pad, dict) else pad) == "!" else text.END
+    return text.END
+
+
+def _check_vocabulary(tokenizer: Path) -> None:
+    """We read prompts with CLIP's own vocabulary; a folder with another one was trained on other ids."""
+    file = tokenizer / "vocab.json"
+    if file.is_file() and read_json(file) != clip_vocabulary()[0]:
+        raise ValueError(f"{file} is not CLIP's vocabulary, with which prompts are read here")
+
+
+def _settings(path: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    file = path / "scheduler" / "scheduler_config.json"
+    diffusion, notes = scheduler.from_diffusers(read_json(file), str(file)) if file.is_file() else ({}, ())
+    place = next((p for p in ("unet", "transformer") if (path / p / "config.json").is_file()), "")
+    size = read_json(path / place / "config.json").get("sample_size") if place else None
+    factor = (
+        2 ** (len(read_json(path / "vae" / "config.json")["block_out_channels"]) - 1) if (path / "vae").is_dir() else 1
+    )
+    zeros = index.get("force_zeros_for_empty_prompt", False)
+    settings = {"size": (size or 64) * factor, "null_prompt": None if zeros else "", "diffusion": diffusion}
+    return settings, notes
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def write(model: LoadedModel, folder: Path, *, dtype: torch.dtype | None = None) -> tuple[str, ...]:
+    """The model as a folder of diffusers, atomically; returns notes on what the format made necessary.
+
+    A text-to-image model becomes a pipeline's folder, a lone component its own. Raises ValueError if the format
+    cannot hold it.
+    """
+    size = model.settings.get("size", 512)
+    files: dict[str, Any] = {}
+    notes: list[str] = []
+    for name, module in model.components.items():
+        files |= _files(name, module, size // _factor(model), size, notes)
+    whole = {"autoencoder", "text", "denoiser"} <= set(model.components)
+    if whole:
+        files |= {
+            "scheduler/scheduler_config.json": scheduler.to_diffusers(model.settings["diffusion"]),
+            "model_index.json": _index(model),
+        }
+    with commit(folder) as stage:
+        for path, content in files.items():
+            target = stage / (path if whole else path.partition("/")[2])
+            if isinstance(content, str):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(content, encoding="utf-8")
+            elif target.suffix == ".json":
+                write_json(target, content)
+            else:
+                tensors, metadata = content
+                cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
+                save_tensors(target, cast, metadata, {"format": "pt"})
+    return tuple(notes)
+
+
+def _files(name: str, module: nn.Module, latent_size: int, size: int, notes: list[str]) -> dict[str, Any]:
+    kind, config, state = kind_of(module), config_of(module), dict(module.state_dict())
+
+    if kind == "autoencoder":
+        mean, std = state.pop("latent_mean"), state.pop("latent_std")
+        even = not mean.any() and bool((std == std.flatten()[0]).all())
+        scale = 1.0
+        if even:
+            scale = float(f"{1 / float(std.flatten()[0]):.6g}")
+        else:
+            state, _ = autoencoder.fold(state, mean, std, 1.0)
+            notes.append("the latents' statistics went into the 1x1 convolutions around them")
+        words = autoencoder.to_diffusers(config, size, scale, 0.0)
+        return _folder("vae", words, to_foreign(autoencoder.diffusers(config, state), state))
+    if kind == "text":
+        return _text_files(config, state, "")
+    if isinstance(module, TextPair):
+        first = _text_files(config.first, dict(module.first.state_dict()), "", whole=True)
+        return first | _text_files(config.second, dict(module.second.state_dict()), "_2", whole=True)
+    if kind == "unet":
+        words = unet_config.to_diffusers(config, latent_size)
+        return _folder("unet", words, to_foreign(unet.diffusers(config, state), state))
+    if kind == "controlnet":
+        words = unet_config.controlnet_to_diffusers(config)
+        return _folder("controlnet", words, to_foreign(unet.controlnet_diffusers(config, state), state))
+    if kind == "dit":
+        words = dit.to_diffusers(config, latent_size)
+        return _folder("transformer", words, to_foreign(dit.diffusers(config, state), state))
+    if kind == "mmdit":
+        words = mmdit.to_diffusers(config, latent_size)
+        tensors = to_foreign(mmdit.diffusers(config, state), state) | mmdit.constants(config)
+        return _folder("transformer", words, tensors)
+    raise ValueError(f"diffusers cannot hold a component of kind {kind}")
+
+
+def _folder(place: str, words: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    words = words | {"_diffusers_version": VERSION}
+    return {f"{place}/config.json": words, f"{place}/{WEIGHTS}.safetensors": (tensors, {})}
+
+
+def _text_files(config: TextConfig, state: Tensors, suffix: str, *, whole: bool = False) -> dict[str, Any]:
+    """A text encoder and its tokenizer. Alone, its context must be its last layer: blocks beyond it go aside."""
+    folder, aside = f"text_encoder{suffix}", {}
+    kept = config
+    if not whole:
+        if not config.final_norm:
+            raise ValueError("diffusers cannot hold a lone text encoder without the final norm")
+        kept = replace(config, layers=config.layers - config.skip, skip=0, embed_dim=0)
+        beyond = tuple(f"tower.transformer.resblocks.{i}." for i in range(kept.layers, config.layers))
+        aside = {k: v for k, v in state.items() if k.startswith((*beyond, "tower.text_projection"))}
+    native = {k: v for k, v in state.items() if k not in aside}
+    files: dict[str, Any] = {
+        f"{folder}/config.json": text.to_transformers(kept),
+        f"{folder}/model.safetensors": (to_foreign(text.transformers(kept, native), native), {}),
+    }
+    if aside:
+        recorded = {"layers": config.layers, "skip": config.skip, "embed_dim": config.embed_dim}
+        files[f"{folder}/{LEFT_OUT}"] = (aside, recorded)
+    vocabulary, merges = clip_vocabulary()
+    pad = "!" if config.pad_id == 0 else "<|endoftext|>"
+    specials = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad,
+    }
+    place = f"tokenizer{suffix}"
+    return files | {
+        f"{place}/vocab.json": vocabulary,
+        f"{place}/merges.txt": merges,
+        f"{place}/special_tokens_map.json": specials,
+        f"{place}/tokenizer_config.json": specials
+        | {"tokenizer_class": "CLIPTokenizer", "model_max_length": config.context_length, "do_lower_case": True},
+    }
+
+
+def _index(model: LoadedModel) -> dict[str, Any]:
+    pair = isinstance(model.components["text"], TextPair)
+    unet_class = "UNet2DConditionModel"
+    if kind_of(model.components["denoiser"]) != "unet":
+        raise ValueError("a pipeline of diffusers with a text encoder of ours needs a U-Net; convert the parts alone")
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLPipeline" if pair else "StableDiffusionPipeline",
+        "_diffusers_version": VERSION,
+        "vae": ["diffusers", "AutoencoderKL"],
+        "unet": ["diffusers", unet_class],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", scheduler.class_of(model.settings["diffusion"])],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+    if pair:
+        index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+        index |= {"tokenizer_2": ["transformers", "CLIPTokenizer"]}
+        return index | {"force_zeros_for_empty_prompt": model.settings.get("null_prompt") is None}
+    return index | {"safety_checker": [None, None], "requires_safety_checker": False}
+
+
+def _factor(model: LoadedModel) -> int:
+    factor: int = getattr(model.components.get("autoencoder"), "factor", 1)
+    return factor

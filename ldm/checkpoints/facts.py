@@ -1,0 +1,125 @@
+"""What a single file leaves open about its model, told by explicit rules."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.checkpoints.layouts.table import Tensors
+from ldm.models.unet import UNetConfig
+
+SCALE = {"sd": 0.18215, "sdxl": 0.13025, "x4": 0.08333}
+"""Latent scale by family; a file does not say it, and programs that read such files have it built in."""
+
+
+def recorded(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a single file of ours says of itself: components with their configs, and settings. Empty for others'."""
+    try:
+        found = json.loads(metadata.get("ldm", "{}"))
+    except (TypeError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def settings(
+    configs: Mapping[str, Any], tensors: Tensors, metadata: Mapping[str, Any], prediction: str | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What a model was trained with, from the configs of its components and the rest of its file.
+
+    Returns the settings, with the `latent_scale` of its autoencoder, and a note for each thing that is a rule and
+    not in the file. `prediction` overrides what is found. Raises ValueError for an unknown noise schedule.
+    """
+    if found := recorded(metadata).get("settings"):
+        if prediction and "diffusion" in found:
+            found["diffusion"] |= {"prediction": prediction}
+        return found, ()
+    denoiser = configs.get("denoiser")
+    if not isinstance(denoiser, UNetConfig):
+        family = "sd"
+        notes: tuple[str, ...] = (f"latent scale {SCALE[family]}: the rule for a file without a U-Net",)
+        return {"latent_scale": SCALE[family], "size": 256, "null_prompt": ""}, notes
+    family = _family(denoiser)
+    predicts, reason = _prediction(denoiser, family, tensors, metadata, prediction)
+    size = {"sdxl": 1024, "x4": 512}.get(family) or (768 if predicts == "v" and denoiser.context_dim == 1024 else 512)
+    schedule, start, end = _schedule(tensors, family)
+    found = {
+        "size": size,
+        "latent_scale": SCALE[family],
+        "null_prompt": None if family == "sdxl" else "",
+        "diffusion": {
+            "schedule": schedule,
+            "beta_start": start,
+            "beta_end": end,
+            "prediction": predicts,
+            "spacing": "leading",
+            "zero_snr": "ztsnr" in tensors,
+        },
+    }
+    return found, (f"predicts {predicts}: {reason}", f"latent scale {SCALE[family]}: the rule for this family")
+
+
+def _prediction(
+    config: UNetConfig, family: str, tensors: Tensors, metadata: Mapping[str, Any], given: str | None
+) -> tuple[str, str]:
+    """(eps or v, where that is from)."""
+    if given:
+        return given, "as asked for"
+    stated = str(metadata.get("modelspec.prediction_type", "")).lower()
+    if stated:
+        return ("v" if stated.startswith("v") else "eps"), "stated in the file's metadata"
+    if "768-v" in str(metadata.get("modelspec.architecture", "")):
+        return "v", "stated in the file's metadata"
+    if "v_pred" in tensors:
+        return "v", "the file carries the mark v_pred"
+    if family == "x4":
+        return "v", "the rule for the x4 upscaler"
+    if config.context_dim == 1024 and config.in_channels == 4:
+        if metadata.get("global_step") == 875_000:
+            return "eps", "global step 875000, as the 512 px model of Stable Diffusion 2 has"
+        return "v", "the rule for Stable Diffusion 2; its 512 px model needs --prediction eps"
+    return "eps", "the rule for this family"
+
+
+def _schedule(tensors: Tensors, family: str) -> tuple[str, float, float]:
+    """(kind, first beta, last beta) that the file's own betas have, or else the family's."""
+    if "betas" not in tensors:
+        return ("scaled_linear", 1e-4, 2e-2) if family == "x4" else ("scaled_linear", 0.00085, 0.012)
+    betas = tensors["betas"].double()
+    start, end = round(float(betas[0]), 8), round(float(betas[-1]), 8)
+    for kind, power in (("scaled_linear", 2), ("linear", 1)):
+        expected = torch.linspace(start ** (1 / power), end ** (1 / power), len(betas), dtype=torch.float64) ** power
+        if len(betas) == 1000 and torch.allclose(betas, expected, rtol=1e-4):
+            return kind, start, end
+    raise ValueError(f"its noise schedule of {len(betas)} betas from {start:g} to {end:g} is not known here")
+
+
+def latent_scale(denoiser: nn.Module | None) -> float:
+    """What programs that read such a file multiply raw latents with."""
+    config = getattr(denoiser, "config", None)
+    return SCALE[_family(config) if isinstance(config, UNetConfig) else "sd"]
+
+
+def _family(config: UNetConfig) -> str:
+    return "sdxl" if config.size_dim else "x4" if config.classes and config.in_channels == 7 else "sd"
+
+
+def modelspec(denoiser: nn.Module | None, found: Mapping[str, Any], title: str) -> dict[str, str]:
+    """Metadata by the ModelSpec standard 1.0.1, for the published architectures; empty for any other."""
+    config = getattr(denoiser, "config", None)
+    if not isinstance(config, UNetConfig) or config.channels != 320:
+        return {}
+    predicts, size = found["diffusion"]["prediction"], found["size"]
+    second = "stable-diffusion-v2-768-v" if predicts == "v" else "stable-diffusion-v2-512"
+    names = {768: "stable-diffusion-v1", 1024: second, 2048: "stable-diffusion-xl-v1-base"}
+    if config.context_dim not in names or predicts not in ("eps", "v"):
+        return {}
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": names[config.context_dim],
+        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.prediction_type": "v" if predicts == "v" else "epsilon",
+    }

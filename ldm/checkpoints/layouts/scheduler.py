@@ -1,0 +1,60 @@
+"""The noise schedule in diffusers' words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+FLOW = "FlowMatchEulerDiscreteScheduler"
+
+
+def from_diffusers(words: Mapping[str, Any], source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(settings of the diffusion, notes) from a scheduler_config.json. Raises ValueError for an unknown schedule."""
+    if str(words.get("_class_name", "")).startswith("FlowMatch"):
+        return {"schedule": "flow", "prediction": "flow", "shift": words.get("shift", 1.0), "spacing": "trailing"}, ()
+    schedule, predicts = words.get("beta_schedule", "linear"), words.get("prediction_type", "epsilon")
+    if schedule not in SCHEDULES or predicts not in PREDICTIONS or words.get("trained_betas") is not None:
+        raise ValueError(f"{source}: beta_schedule {schedule!r} with prediction_type {predicts!r} is not known here")
+    spacing = words.get("timestep_spacing", "leading")
+    notes = []
+    if spacing == "leading" and (words.get("steps_offset", 0) != 1 or words.get("set_alpha_to_one", True)):
+        notes.append("sampling steps start at offset 1 and end at the first noise level, as Stable Diffusion's do")
+    return {
+        "schedule": SCHEDULES[schedule],
+        "train_steps": words.get("num_train_timesteps", 1000),
+        "beta_start": words.get("beta_start", 1e-4),
+        "beta_end": words.get("beta_end", 0.02),
+        "prediction": PREDICTIONS[predicts],
+        "spacing": spacing,
+        "zero_snr": words.get("rescale_betas_zero_snr", False),
+    }, tuple(notes)
+
+
+def class_of(diffusion: Mapping[str, Any]) -> str:
+    """The library's class for this diffusion."""
+    return FLOW if diffusion["schedule"] == "flow" else "DDIMScheduler"
+
+
+def to_diffusers(diffusion: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler_config.json. Raises ValueError for a pair that diffusers has no words for."""
+    schedules = {ours: theirs for theirs, ours in SCHEDULES.items()}
+    predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    if diffusion["schedule"] == "flow":
+        if diffusion["prediction"] != "flow":
+            raise ValueError(f"diffusers knows flow schedules with prediction flow, not {diffusion['prediction']}")
+        return {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": diffusion.get("shift", 1.0)}
+    if diffusion["prediction"] not in predictions:
+        raise ValueError(f"diffusers knows predictions {', '.join(predictions)}, not {diffusion['prediction']}")
+    return {
+        "_class_name": class_of(diffusion),
+        "num_train_timesteps": diffusion.get("train_steps", 1000),
+        "beta_schedule": schedules[diffusion["schedule"]],
+        "beta_start": diffusion.get("beta_start", 0.00085),
+        "beta_end": diffusion.get("beta_end", 0.012),
+        "prediction_type": predictions[diffusion["prediction"]],
+        "timestep_spacing": diffusion.get("spacing", "trailing"),
+        "steps_offset": 1 if diffusion.get("spacing") == "leading" else 0,
+        "set_alpha_to_one": diffusion.get("spacing") != "leading",
+        "clip_sample": False,
+        "rescale_betas_zero_snr": diffusion.get("zero_snr", False),
+    }

@@ -1,0 +1,126 @@
+"""A loaded model: its components, built from tensors without ever being initialised."""
+
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.clip import ImageConfig, ImageEncoder
+from ldm.models.controlnet import ControlNet, ControlNetConfig
+from ldm.models.dit import DiT, DiTConfig
+from ldm.models.mmdit import MMDiT, MMDiTConfig
+from ldm.models.text import TextConfig, TextEncoder, TextPair, TextPairConfig
+from ldm.models.transformers_text import TransformersText, TransformersTextConfig
+from ldm.models.unet import UNet, UNetConfig
+
+KINDS: dict[str, tuple[Callable[[Any], nn.Module], type[Any]]] = {
+    "autoencoder": (AutoencoderKL, AutoencoderConfig),
+    "text": (TextEncoder, TextConfig),
+    "text_pair": (TextPair, TextPairConfig),
+    "transformers_text": (TransformersText, TransformersTextConfig),
+    "image": (ImageEncoder, ImageConfig),
+    "unet": (UNet, UNetConfig),
+    "dit": (DiT, DiTConfig),
+    "mmdit": (MMDiT, MMDiTConfig),
+    "controlnet": (ControlNet, ControlNetConfig),
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Components by name (autoencoder, text, image, denoiser, controlnet) and what they were trained with.
+
+    settings: diffusion, size, null_prompt, ... as the training task wrote them or as `notes` say they were found.
+    extra: tensors of the file that no component holds and that a file of the same layout gets back.
+    """
+
+    components: dict[str, nn.Module]
+    settings: dict[str, Any]
+    name: str
+    folder: Path
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def require(self, *names: str) -> list[nn.Module]:
+        """Those components, in that order. Raises ValueError saying what this model is if one is missing."""
+        missing = [n for n in names if n not in self.components]
+        if missing:
+            raise ValueError(
+                f"{self.folder} holds {', '.join(self.components)}; this needs {', '.join(missing)} as well"
+            )
+        return [self.components[n] for n in names]
+
+
+def kind_of(module: nn.Module) -> str:
+    """The word in `KINDS` for a component."""
+    return next(kind for kind, (module_class, _) in KINDS.items() if type(module) is module_class)
+
+
+def config_of(module: nn.Module) -> Any:
+    """A component's config."""
+    return module.config
+
+
+def build(
+    kind: str, config: Any, tensors: Mapping[str, Tensor], source: str, *, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A component around `tensors`, strictly, on the CPU, in evaluation mode; floats cast to `dtype` if given.
+
+    Nothing is allocated or initialised before the tensors take their places. Raises ValueError, naming `source`,
+    when one is missing, unknown, of another shape or not finite, or when they mix float types.
+    """
+    module_class, _ = KINDS[kind]
+    with torch.device("meta"):
+        module = module_class(config)
+    types = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if dtype is None and len(types) > 1:
+        raise ValueError(f"{source} mixes {' and '.join(sorted(map(str, types)))}; choose one with --dtype")
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if bad:
+        raise ValueError(f"{source} holds NaN or infinity, first in {bad[0]}")
+    load_tensors(module, tensors, source, assign=True)
+    # Also when nothing is cast: a module's own buffers outside the state dict take the type of its tensors.
+    wanted = dtype or next(iter(types), torch.float32)
+    return module.to(wanted).eval().requires_grad_(False)
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:
+    """Put `tensors` into `module`; ValueError listing what is missing, unknown or of another shape."""
+    expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    wrong = [f"missing {k}" for k in expected if k not in tensors]
+    wrong += [f"unknown {k}" for k in tensors if k not in expected]
+    wrong += [
+        f"{k} is {tuple(v.shape)} instead of {expected[k]}"
+        for k, v in tensors.items()
+        if k in expected and tuple(v.shape) != expected[k]
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{source} does not fit this model: {'; '.join(wrong[:3])}{more}")
+    module.load_state_dict(tensors, assign=assign)
+
+
+def keys_of(kind: str, config: Any) -> list[str]:
+    """The names of a component's tensors, without building it for real."""
+    with torch.device("meta"):
+        return list(KINDS[kind][0](config).state_dict())
+
+
+def from_plain(schema: type[Any], value: Mapping[str, Any]) -> Any:
+    """An instance of a config dataclass, nested ones included, from what JSON kept. TypeError if it does not fit."""
+    hints = typing.get_type_hints(schema)
+    known = {f.name for f in fields(schema)}
+    if unknown := sorted(set(value) - known):
+        raise TypeError(f"{schema.__name__} has no {', '.join(unknown)}")
+
+    def restored(name: str, item: Any) -> Any:
+        if is_dataclass(hints[name]):
+            return from_plain(typing.cast(type[Any], hints[name]), item)
+        return tuple(item) if isinstance(item, list) else item
+
+    return schema(**{name: restored(name, item) for name, item in value.items()})
