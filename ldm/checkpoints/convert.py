@@ -114,8 +114,7 @@ def _outputs(module: Any) -> list[Tensor]:
         return [module(noise(1, 3, config.size, config.size).clamp(-1, 1))]
     network = config.unet if kind == "controlnet" else config
     side = 4 * (module.encoder.factor if kind == "controlnet" else module.factor)
-    pooled, size = getattr(network, "pooled_dim", 0), getattr(network, "size_dim", 0)
-    classes = getattr(network, "classes", 0)
+    pooled, sized, classes = (int(getattr(network, name, 0)) for name in ("pooled_dim", "size_dim", "classes"))
     hint = (
         (noise(1, config.hint_channels, side * module.hint_factor, side * module.hint_factor),)
         if kind == "controlnet"
@@ -124,7 +123,7 @@ def _outputs(module: Any) -> list[Tensor]:
     cond = Conditioning(
         context=noise(1, 7, network.context_dim) if network.context_dim else None,
         pooled=noise(1, pooled) if pooled else None,
-        sizes=torch.tensor([[512, 512, 0, 0, 512, 512]]) if size else None,
+        sizes=torch.tensor([[512, 512, 0, 0, 512, 512]]) if sized else None,
         label=torch.tensor([classes - 1]) if classes else None,
         control=hint,
     )

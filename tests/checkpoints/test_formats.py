@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import OPEN_CLIP, SMALL, make, text_to_image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +17,7 @@ from ldm.checkpoints.files import commit, sha256
 from ldm.checkpoints.load import load_model, save_model
 from ldm.checkpoints.model import LoadedModel, config_of
 from ldm.models.text import TextEncoder
+from tests.checkpoints.families import OPEN_CLIP, SMALL, make, text_to_image
 
 FAMILIES = ("sd1", "sd2", "sdxl", "inpainting", "depth", "x4 upscaler")
 ALONE = {"autoencoder": ("native", "compvis", "diffusers"), "controlnet": ("native", "compvis", "diffusers")}

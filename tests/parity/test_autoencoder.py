@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import LIMIT, converted, error, randomised
 
 from ldm.checkpoints.layouts import autoencoder as layout
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from tests.parity.reference import LIMIT, converted, error, randomised
 
 SMALL = dict(channels=8, blocks=1, norm_groups=4)
 VARIANTS = {

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LIMIT, converted, error, randomised
 
 from ldm.checkpoints.layouts import text as layout
 from ldm.checkpoints.layouts.table import Entry, to_native
 from ldm.models.text import TextConfig, TextEncoder, TextPair, TextPairConfig, import_open_clip
 from ldm.models.transformers_text import TransformersText
+from tests.parity.reference import LIMIT, converted, error, randomised
 
 PROMPTS = ["a red circle", "", "a much longer prompt, with commas, that is cut at the end of the context"]
 SMALL = TextConfig(width=16, layers=3, heads=2, embed_dim=0, context_length=12, activation="quick_gelu", pad_id=49_407)

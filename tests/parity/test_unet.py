@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from conftest import LIMIT, converted, error, randomised
 
 from ldm.checkpoints.layouts import unet as layout
 from ldm.checkpoints.layouts.table import Entry
@@ -18,6 +17,7 @@ from ldm.checkpoints.layouts.unet_config import (
 from ldm.models.controlnet import Controlled, ControlNet, ControlNetConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.types import Conditioning
+from tests.parity.reference import LIMIT, converted, error, randomised
 
 SMALL = dict(channels=16, multipliers=(1, 2), blocks=1, depths=(1, 0), context_dim=12, heads=2, norm_groups=4)
 VARIANTS = {
