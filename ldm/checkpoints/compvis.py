@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import facts
+from ldm.checkpoints import facts, textual_inversion
 from ldm.checkpoints.files import commit_file, save_tensors
 from ldm.checkpoints.foreign import read_file
 from ldm.checkpoints.layouts import autoencoder, dit, text, unet, unet_config
@@ -54,6 +54,8 @@ def read(
     dtype: torch.dtype | None = None,
 ) -> LoadedModel:
     """A model from a single file. Raises ValueError naming the file and the reason; see `load_model`."""
+    if textual_inversion.is_one(path):
+        raise ValueError(f"{path} is a textual inversion, an addition to a model, and no model")
     tensors, metadata = read_file(path)
     tensors = named(tensors, str(path))
     recorded = facts.recorded(metadata)
@@ -89,8 +91,6 @@ def named(tensors: Tensors, source: str) -> Tensors:
     keys = tensors.keys()
     if any(re.search(r"lora_(down|up|[AB])\b|\.lora\.|hada_|lokr_", k) for k in keys):
         raise ValueError(f"{source} is a LoRA, an addition to a model, and no model")
-    if {"emb_params", "clip_g", "*"} & keys or (len(keys) < 4 and all(t.ndim <= 2 for t in tensors.values())):
-        raise ValueError(f"{source} is a textual inversion, an addition to a model, and no model")
     if any(re.match(r"(down_blocks|encoder\.down_blocks|transformer_blocks)\.", k) for k in keys):
         raise ValueError(f"{source} is a component of diffusers; give the folder that holds it and its config.json")
     if not any(k.startswith((DENOISER, AUTOENCODER, CONTROL)) for k in keys):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import compvis, diffusers
+from ldm.checkpoints import compvis, diffusers, textual_inversion
 from ldm.checkpoints.files import commit
 from ldm.checkpoints.load import load_model, save_model
 from ldm.checkpoints.model import LoadedModel, config_of, kind_of
@@ -36,13 +36,16 @@ def convert(
     known("format", to, FORMATS)
     if target.exists():
         raise ValueError(f"{target} exists; nothing is overwritten")
-    if (to == "compvis") != (target.suffix == ".safetensors"):
+    if not textual_inversion.is_one(source) and (to == "compvis") != (target.suffix == ".safetensors"):
         raise ValueError(
             f"--to {to} writes a {'.safetensors file' if to == 'compvis' else 'folder'}, not {target.name!r}"
         )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if textual_inversion.is_one(source):
+        textual_inversion.write(textual_inversion.read(source), target, to)
+        return ()
     model = load_model(source, prediction=prediction, ema=ema, dtype=dtype)
     stage = target.parent / f".check-{target.name}"
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         notes = write(model, stage, to)
         check(model, load_model(stage), exact=not notes)
@@ -108,18 +111,15 @@ def _outputs(module: Any) -> list[Tensor]:
         return [module.encode(noise(1, config.image_channels, side, side).clamp(-1, 1)), module.decode(latent)]
     if kind in ("text", "text_pair", "transformers_text"):
         told = module(["a red circle to the left of a blue square", ""])
-        projected = kind == "text_pair" or getattr(config, "embed_dim", 0)
+        projected = kind == "text_pair" or getattr(config, "embed_dim", 0) != 0
         return [told.context, told.pooled] if projected else [told.context]
     if kind == "image":
         return [module(noise(1, 3, config.size, config.size).clamp(-1, 1))]
     network = config.unet if kind == "controlnet" else config
     side = 4 * (module.encoder.factor if kind == "controlnet" else module.factor)
     pooled, sized, classes = (int(getattr(network, name, 0)) for name in ("pooled_dim", "size_dim", "classes"))
-    hint = (
-        (noise(1, config.hint_channels, side * module.hint_factor, side * module.hint_factor),)
-        if kind == "controlnet"
-        else ()
-    )
+    hint_side = side * module.hint_factor if kind == "controlnet" else 0
+    hint = (noise(1, config.hint_channels, hint_side, hint_side),) if kind == "controlnet" else ()
     cond = Conditioning(
         context=noise(1, 7, network.context_dim) if network.context_dim else None,
         pooled=noise(1, pooled) if pooled else None,

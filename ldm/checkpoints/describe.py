@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.checkpoints import compvis, facts
+from ldm.checkpoints import compvis, facts, textual_inversion
 from ldm.checkpoints.foreign import read_file
 from ldm.checkpoints.load import find_model, format_of, load_model
 from ldm.checkpoints.model import config_of, kind_of
@@ -16,6 +16,10 @@ from ldm.checkpoints.model import config_of, kind_of
 def describe(path: str | Path) -> str:
     """Lines about the model, readable also when it does not load. Raises ValueError if there is none at all."""
     found = find_model(path)
+    if textual_inversion.is_one(found):
+        inversion = textual_inversion.read(found)
+        sizes = " and ".join("x".join(map(str, v.shape)) for v in inversion.vectors)
+        return f"{found}: a textual inversion for the word {inversion.word!r}, vectors {sizes}"
     lines = [f"{found}: {format_of(found)}"]
     if found.is_file():
         lines += _file(found)

@@ -14,6 +14,7 @@ from ldm.checkpoints.layouts import autoencoder, dit, mmdit, scheduler, text, un
 from ldm.checkpoints.layouts.table import Entry, Tensors, to_foreign, to_native
 from ldm.checkpoints.model import LoadedModel, build, config_of, keys_of, kind_of
 from ldm.models.text import TextConfig, TextPair, TextPairConfig, clip_vocabulary
+from ldm.models.transformers_text import TransformersText
 
 VERSION = "0.42.0"
 WEIGHTS = "diffusion_pytorch_model"
@@ -21,6 +22,8 @@ LEFT_OUT = "left_out.safetensors"
 """What the library's own text encoder has no room for: the blocks that the context leaves out, the projection."""
 
 PLACES = {"vae": "autoencoder", "unet": "denoiser", "transformer": "denoiser", "controlnet": "controlnet"}
+TEXT_ENCODERS = ("T5EncoderModel", "UMT5EncoderModel", "BertModel", "RobertaModel", "XLMRobertaModel")
+CONTEXT_LENGTH = 77  # tokens of a prompt for encoders that do not say how many they were used with
 UNETS = ("UNet2DConditionModel", "UNet2DModel")
 
 
@@ -59,6 +62,12 @@ def _component(folder: Path, dtype: torch.dtype | None) -> tuple[str, nn.Module]
         if kind in ("CLIPTextModel", "CLIPTextModelWithProjection"):
             clip = text.from_transformers(words, source, pad_id=_pad_id(folder.parent / "tokenizer"))
             return "text", build("text", *_clip(folder, clip), str(folder), dtype=dtype)
+        if kind in TEXT_ENCODERS:
+            tokenizer = next(
+                (f for f in (folder, folder.parent / "tokenizer") if (f / "tokenizer.json").is_file()), folder
+            )
+            encoder = TransformersText.from_folder(folder, tokenizer, CONTEXT_LENGTH)
+            return "text", encoder if dtype is None else encoder.to(dtype)
         name, ours, config, table = _network(kind, words, source)
     except KeyError as error:
         raise ValueError(f"{source} says nothing of {error}") from error

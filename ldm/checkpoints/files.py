@@ -122,6 +122,9 @@ def save_tensors(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    owners = {v.data_ptr(): k for k, v in plain.items()}
+    # Tied weights are two names for one tensor, which the format does not know.
+    plain = {k: v if owners[v.data_ptr()] == k else v.clone() for k, v in plain.items()}
     save_file(plain, path, metadata={"ldm": json.dumps(metadata or {}, sort_keys=True)} | (strings or {}))
 
 

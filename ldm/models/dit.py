@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.blocks import Attention
+from ldm.nn.embeddings import timestep_embedding
 from ldm.nn.positions import grid, sincos_2d
 from ldm.nn.transformer import (
     Mlp,
@@ -17,7 +18,6 @@ from ldm.nn.transformer import (
     init_transformer,
     layer_norm,
     modulate,
-    timestep_features,
     unpatchify,
 )
 from ldm.types import Conditioning
@@ -113,7 +113,7 @@ class DiT(nn.Module):
         rows, columns = check_size("dit", x, config.patch)
         x = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
 
-        emb = self.time(timestep_features(t, config.frequencies, config.frequency_shift).to(x.dtype))  # [B, C]
+        emb = self.time(timestep_embedding(t, config.frequencies, config.frequency_shift).to(x.dtype))  # [B, C]
         if self.label is not None:
             emb = emb + self.label(cond.label)
         if self.pooled is not None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.attention import attention
+from ldm.nn.embeddings import timestep_embedding
 from ldm.nn.positions import grid, sincos_2d
 from ldm.nn.transformer import (
     Mlp,
@@ -19,7 +20,6 @@ from ldm.nn.transformer import (
     layer_norm,
     merge_heads,
     modulate,
-    timestep_features,
     unpatchify,
 )
 from ldm.types import Conditioning
@@ -144,7 +144,7 @@ class MMDiT(nn.Module):
         rows, columns = check_size("mmdit", x, self.config.patch)
         x = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
 
-        emb = self.time(timestep_features(t, self.config.frequencies).to(x.dtype)) + self.pooled(cond.pooled)  # [B, C]
+        emb = self.time(timestep_embedding(t, self.config.frequencies).to(x.dtype)) + self.pooled(cond.pooled)  # [B, C]
         context = self.context(cond.context)  # [B, S, C]
         h = self.patches(x).flatten(2).transpose(1, 2)  # [B, L, C] with L = rows columns
         h = h + self._positions(rows, columns, x.device).to(h.dtype)

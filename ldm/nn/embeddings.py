@@ -6,21 +6,23 @@ import torch
 from torch import Tensor
 
 
-def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of the timestep, cosines first (Ho et al. 2020, after Vaswani et al. 2017, sec. 3.5).
+def timestep_embedding(t: Tensor, width: int, shift: float = 0.0) -> Tensor:
+    """cos(t w_i), then sin(t w_i), with w_i = 10000^(-i / (width / 2 - shift)) (Ho et al. 2020, app. B).
 
-    t [B], any real (0..999 by convention) -> [B, width]; `width` must be even.
+    t [B], any real (0..1000 by convention) -> [B, width], float32; `width` must be even. `shift` is 0 in every
+    published model but diffusers' DiT, where it is 1.
     """
     if width % 2:
         raise ValueError(f"a timestep embedding has an even width, not {width}")
-    half = torch.arange(width // 2, device=t.device, dtype=torch.float32)
-    rates = torch.exp(-math.log(max_period) / (width // 2) * half)
-    angles = t.float()[:, None] * rates  # [B, width / 2]
+    half = width // 2
+    # In float32 and in this order of operations, since at t = 1000 the last bit of a frequency shows.
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
+    angles = t.float()[:, None] * exponents.exp()  # [B, width / 2]
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def position_embedding(height: int, width: int, channels: int) -> Tensor:
-    """Sinusoids of the row in the first half of the channels, of the column in the second (as in DiT).
+    """Sinusoids of the row in the first half of the channels, of the column in the second.
 
     -> [channels, height, width] in [-1, 1]; `channels` must be a multiple of 4.
     """

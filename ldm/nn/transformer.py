@@ -1,6 +1,5 @@
 """What the diffusion transformers share: time features, modulation, self-attention, the MLP and patches."""
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -9,18 +8,6 @@ from torch import Tensor, nn
 
 from ldm.nn.attention import attention
 from ldm.nn.blocks import zero_init
-
-
-def timestep_features(t: Tensor, width: int, shift: float = 0.0) -> Tensor:
-    """cos(t w_i), then sin(t w_i), with w_i = 10000^(-i / (width / 2 - shift)).
-
-    t [B], any real (0..1000 by convention) -> [B, width], float32; `width` must be even.
-    """
-    half = width // 2
-    # In float32 and in this order of operations, since at t = 1000 the last bit of a frequency shows.
-    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
-    angles = t.float()[:, None] * exponents.exp()  # [B, width / 2]
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def embedder(inputs: int, width: int) -> nn.Sequential:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoints import compvis, convert, describe, diffusers
+from ldm.checkpoints import compvis, convert, describe, diffusers, textual_inversion
 from ldm.checkpoints.files import commit, sha256
 from ldm.checkpoints.load import load_model, save_model
 from ldm.checkpoints.model import LoadedModel, config_of
@@ -261,7 +261,7 @@ def test_a_file_that_is_no_model_or_a_spoiled_one(how: str, tmp_path: Path) -> N
         convert.convert(path, tmp_path / "out", "native")
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     described = describe.describe(path)
-    assert "does not load" in described
+    assert ("does not load" in described) or how == "textual inversion"
     if how in ("missing", "unknown"):
         assert f"denoiser: {how} model.diffusion_model." in described
 
@@ -403,3 +403,59 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="positions"):
             convert.convert(stored(own, tmp_path / f"own-{to}"), place(tmp_path, to), to)
         assert not place(tmp_path, to).exists()
+
+
+@pytest.mark.parametrize("to", convert.FORMATS)
+def test_textual_inversions(to: str, tmp_path: Path) -> None:
+    vectors, other = torch.randn(2, 16), torch.randn(2, 24)
+    parameter = torch.nn.Parameter(vectors)
+    torch.save(
+        {"string_to_token": {"*": 265}, "string_to_param": {"*": parameter}, "name": "cat", "step": 9},
+        tmp_path / "cat.pt",
+    )
+    save_file({"emb_params": vectors}, tmp_path / "kohya.safetensors")
+    save_file({"<cat>": vectors[0]}, tmp_path / "learned_embeds.safetensors")
+    save_file({"clip_l": vectors, "clip_g": other}, tmp_path / "xl.safetensors")
+    expected = {
+        "cat.pt": ("cat", [vectors]),
+        "kohya.safetensors": ("kohya", [vectors]),
+        "learned_embeds.safetensors": ("<cat>", [vectors[:1]]),
+        "xl.safetensors": ("xl", [vectors, other]),
+    }
+    for name, (word, tensors) in expected.items():
+        found = textual_inversion.read(tmp_path / name)
+        assert found.word == word
+        assert all(torch.equal(a, b) for a, b in zip(found.vectors, tensors, strict=True))
+        assert f"textual inversion for the word {word!r}" in describe.describe(tmp_path / name)
+        target = tmp_path / f"{word}-{to}.safetensors"
+        convert.convert(tmp_path / name, target, to)
+        again = textual_inversion.read(target)
+        assert all(torch.equal(a, b) for a, b in zip(again.vectors, tensors, strict=True))
+        assert again.word == (word if to == "diffusers" and len(tensors) == 1 else target.stem)
+    with pytest.raises(ValueError, match="safetensors"):
+        convert.convert(tmp_path / "cat.pt", tmp_path / "cat2.pt", to)
+    save_file({"emb_params": vectors * float("nan")}, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match="NaN"):
+        textual_inversion.read(tmp_path / "bad.safetensors")
+
+
+def test_a_text_encoder_of_transformers(tmp_path: Path) -> None:
+    """From its own folder into a model folder of ours, whole with its tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import T5Config, T5EncoderModel
+
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "circle"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    reference = T5EncoderModel(
+        T5Config(vocab_size=8, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, pad_token_id=0)
+    )
+    reference.save_pretrained(tmp_path)
+    convert.convert(tmp_path, tmp_path / "native", "native")
+    (text,) = load_model(tmp_path / "native").require("text")
+    ids = torch.tensor([[3, 4, 5] + [0] * 74])
+    expected = reference.eval()(ids, attention_mask=ids > 0).last_hidden_state
+    torch.testing.assert_close(text(["a red circle"]).context, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot hold"):
+        convert.convert(tmp_path, tmp_path / "x.safetensors", "compvis")

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.mmdit import MMDiT, MMDiTConfig
+from ldm.nn.embeddings import timestep_embedding
 from ldm.nn.positions import grid, sincos_2d
-from ldm.nn.transformer import RMSNorm, check_size, timestep_features, unpatchify
+from ldm.nn.transformer import RMSNorm, check_size, unpatchify
 from ldm.types import Conditioning
 
 DIT = DiTConfig(in_channels=4, out_channels=4, width=24, depth=2, heads=2, classes=5, context_dim=7, pooled_dim=3)
@@ -216,7 +217,7 @@ def test_time_features_by_their_formula() -> None:
     for shift in (0, 1):
         rates = 10_000.0 ** (-torch.arange(128, dtype=torch.float64) / (128 - shift))
         expected = torch.cat([(t[:, None] * rates).cos(), (t[:, None] * rates).sin()], dim=1)
-        torch.testing.assert_close(timestep_features(t, 256, shift), expected.float(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(timestep_embedding(t, 256, shift), expected.float(), atol=1e-4, rtol=0)
 
 
 def test_patches_go_back_where_they_came_from() -> None:

@@ -1,0 +1,74 @@
+"""Textual inversions (Gal et al. 2023): a word made of learned token vectors, in the files people exchange."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints.files import commit_file, save_tensors
+from ldm.checkpoints.foreign import FILES, read_file
+
+PAIR = ("clip_l", "clip_g")
+"""SDXL's two encoders, as its files call them."""
+SINGLE = "emb_params"
+
+
+@dataclass(frozen=True)
+class TextualInversion:
+    """A word and its vectors [n, width] for each text encoder: one, or the two of SDXL.
+
+    The n vectors stand for the word in a prompt, in order.
+    """
+
+    word: str
+    vectors: tuple[Tensor, ...]
+
+
+def is_one(path: Path) -> bool:
+    """Whether `path` is a file of token vectors and nothing else."""
+    if not path.is_file() or path.suffix not in FILES:
+        return False
+    try:
+        tensors, metadata = read_file(path)
+    except ValueError:
+        return False
+    few = len(tensors) <= 2 and all(1 <= t.ndim <= 2 for t in tensors.values())
+    named = {SINGLE, "*", *PAIR} & tensors.keys() or "string_to_token" in metadata
+    return bool(few and (named or (len(tensors) == 1 and "." not in next(iter(tensors)))))
+
+
+def read(path: Path) -> TextualInversion:
+    """From AUTOMATIC1111's .pt and .safetensors, kohya's and diffusers' learned_embeds.
+
+    The word is the file's name, as AUTOMATIC1111 has it, unless the file names it, as diffusers does.
+    Raises ValueError naming the file if it is none, or holds vectors that are not finite.
+    """
+    if not is_one(path):
+        raise ValueError(f"{path} is no textual inversion: it is not one or two tables of token vectors")
+    tensors, _ = read_file(path)
+    word = path.stem
+    if set(PAIR) <= tensors.keys():
+        found = [tensors[name] for name in PAIR]
+    else:
+        ((name, vectors),) = tensors.items()
+        word = word if name in (SINGLE, "*") else name
+        found = [vectors]
+    if any(not torch.isfinite(v).all() for v in found):
+        raise ValueError(f"{path} holds NaN or infinity")
+    return TextualInversion(word, tuple(v if v.ndim == 2 else v[None] for v in found))
+
+
+def write(inversion: TextualInversion, path: Path, to: str) -> None:
+    """As safetensors, atomically: `diffusers` names the word in the file; `compvis` and `native` are AUTOMATIC1111's.
+
+    The two encoders of SDXL have one form for all. Raises ValueError for another suffix.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"a textual inversion is written as .safetensors, not {path.name!r}")
+    if len(inversion.vectors) == 2:
+        tensors = dict(zip(PAIR, inversion.vectors, strict=True))
+    else:
+        tensors = {inversion.word if to == "diffusers" else SINGLE: inversion.vectors[0]}
+    with commit_file(path) as stage:
+        save_tensors(stage, tensors, {"word": inversion.word}, {"format": "pt"})
