@@ -10,6 +10,7 @@ setup(
     install_requires=[
         "torch>=2.10",
         "open_clip_torch>=3.3",
+        "transformers>=5.6",
         "accelerate>=1.10",
         "omegaconf>=2.3",
         "webdataset>=1.0",
@@ -24,7 +25,7 @@ setup(
         "data": ["fonttools>=4.50"],
         "eval": ["torchmetrics>=1.9"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-        "dev": ["pytest>=9", "pytest-timeout", "pytest-xdist", "ruff", "mypy"],
+        "dev": ["diffusers>=0.42", "psutil", "pytest>=9", "pytest-timeout", "pytest-xdist", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["ldm = ldm.cli.main:main"]},
 )

@@ -1,11 +1,16 @@
 """YAML and overrides become dataclasses, or one clear line."""
 
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from ldm.config import load_config, to_yaml
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.training.denoising import ARCHITECTURES
 from ldm.training.run import TASKS, RunConfig
 
 BASE = ["task.kind=autoencoder", "out=o", "data.path=d"]
@@ -64,11 +69,24 @@ def test_a_written_config_reads_back_equal(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.yaml")), ids=str)
 def test_shipped_configs_are_valid_and_say_what_to_expect(path: Path) -> None:
-    load_config(RunConfig, [path], [])
+    config = load_config(RunConfig, [path], [])
     head = path.read_text().split("\n\n")[0].splitlines()
     assert all(line.startswith("#") for line in head if not line[:1].isalpha())
     text = "\n".join(line for line in head if line.startswith("#"))
-    assert "ldm train" in text and "Time:" in text and "Expect:" in text
+    assert "ldm " in text and "Time:" in text and "Expect:" in text
+    said = re.search(r"Expect:.*?([\d,]+) parameters", text)
+    if said:
+        with torch.device("meta"):
+            model = network(config.task)
+        assert f"{sum(p.numel() for p in model.parameters()):,}" == said[1]
+    assert said or path.parts[1] in ("demo", "emoji")
+
+
+def network(task: Any) -> torch.nn.Module:
+    """What the task trains."""
+    if task.kind == "autoencoder":
+        return AutoencoderKL(task.model)
+    return ARCHITECTURES[task.architecture](getattr(task, task.architecture))
 
 
 def names(schema: object, prefix: str = "") -> list[str]:

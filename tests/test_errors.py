@@ -95,7 +95,7 @@ def test_a_model_of_another_shape_is_named(
     (tmp_path / "c.yaml").write_text(f"out: {tmp_path / 'out'}\ndata: {{path: {shards}, size: 16}}\n")
     words = ["train", tmp_path / "c.yaml", *TINY["denoising"], *LOOP, *frozen(models["autoencoder"].parent)]
     said = ldm(monkeypatch, *words, "task.unet.context_dim=24")
-    assert "task.unet.context_dim is 24; the frozen models need 16" in said
+    assert "task.unet.context_dim is 24; the frozen models and captions need 16" in said
     said = ldm(monkeypatch, *words, "task.unet.channels=32", f"init={models['denoising']}")
     assert "does not fit this model" in said and "\n" not in said
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import typer
 
+from ldm.checkpoints import compvis
 from ldm.cli.main import application, main
 from ldm.config import load_config
 from ldm.training.run import RunConfig
+from tests.checkpoints.families import make
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,6 +70,7 @@ def test_the_commands_run(models: dict[str, Path], tmp_path: Path, monkeypatch: 
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     (tmp_path / "runs" / "demo" / "denoiser").symlink_to(models["denoising"])
+    compvis.write(make("sd1"), tmp_path / "v1-5-pruned-emaonly.safetensors")  # a tiny one
     monkeypatch.chdir(tmp_path)
     run = []
     for words in commands():
@@ -80,7 +83,8 @@ def test_the_commands_run(models: dict[str, Path], tmp_path: Path, monkeypatch: 
             main()
         assert stop.value.code in (0, None), words
         run.append(words[1])
-    assert run == ["data", "data", "data", "train", "generate"]
+    assert run == ["data", "data", "data", "train", "generate", "inspect", "convert", "generate"]
+    assert list((tmp_path / "lighthouse").glob("0*.png"))
     assert len(list((tmp_path / "pictures").glob("0*.png"))) == 8
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.diffusion.noise import SPACINGS, FlowSchedule, ImageNoise, discrete
+from ldm.diffusion.noise import SPACINGS, FlowSchedule, ImageNoise, discrete, zero_terminal_snr
 
 SD = ("scaled_linear", 1000, 0.00085, 0.012)
 DISCRETE = [SD, ("linear", 1000, 1e-4, 0.02), ("cosine", 1000, 0.0, 0.0)]
@@ -133,3 +133,17 @@ def test_image_noise_depends_on_its_own_seed_alone():
         batch = together()
         assert torch.equal(batch[1:2], alone()) and torch.equal(batch[0], batch[2])
     assert not torch.equal(batch, together())
+
+
+def test_zero_terminal_snr_against_the_published_algorithm():
+    """Lin et al. 2024, algorithm 1, on betas as it is printed there."""
+    schedule = discrete("scaled_linear", 1000, 0.00085, 0.012)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    root = (1 - betas).cumprod(0).sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    root = (root - last) * (first / (first - last))
+    moved = zero_terminal_snr(schedule).alpha_bar
+    torch.testing.assert_close(moved, root**2, rtol=1e-12, atol=0)
+    assert moved[-1] == 0 and torch.isclose(moved[0], schedule.alpha_bar[0], rtol=1e-12)
+    levels = zero_terminal_snr(schedule).trajectory(7, "trailing")
+    assert levels.alpha[0] == 0 and levels.sigma[0] == 1 and len(levels.t) == 8

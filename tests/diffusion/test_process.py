@@ -142,3 +142,26 @@ def test_trajectory_takes_the_models_spacing_unless_told():
     diffusion = Diffusion.from_config(DiffusionConfig(spacing="leading"))
     assert diffusion.trajectory(50).t[0] == 981
     assert [diffusion.trajectory(50, s).t[0].item() for s in SPACINGS] == [981, 999, 999]
+
+
+def test_a_learned_variance_is_left_out_of_the_estimate():
+    diffusion = Diffusion.from_config(DiffusionConfig())
+    x, level = torch.randn(2, 3, 4, 4), diffusion.schedule.at(500.0)
+
+    def plain(x, t, cond):
+        return x * 0.3
+
+    def doubled(x, t, cond):
+        return torch.cat([x * 0.3, torch.full_like(x, 9.0)], dim=1)
+
+    expected = diffusion.denoise(plain, Conditioning())(x, level)
+    assert torch.equal(diffusion.denoise(doubled, Conditioning())(x, level), expected)
+
+
+def test_zero_terminal_snr_needs_a_prediction_that_can_start_from_noise():
+    with pytest.raises(ValueError, match="pure noise of zero_snr"):
+        Diffusion.from_config(DiffusionConfig(zero_snr=True))
+    diffusion = Diffusion.from_config(DiffusionConfig(zero_snr=True, prediction="v"))
+    levels = diffusion.trajectory(5, "trailing")
+    x = torch.randn(1, 2, 4, 4)
+    assert torch.isfinite(diffusion.denoise(lambda x, t, cond: x * 0.5, Conditioning())(x, levels[0])).all()
