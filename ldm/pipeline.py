@@ -122,10 +122,11 @@ class Pipeline:
             size, null_prompt = model.settings["size"], model.settings["null_prompt"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} was made by another version, its settings do not fit: {error}") from error
-        channels: int = denoiser.config.in_channels  # type: ignore[assignment, union-attr]
-        if channels != autoencoder.latent_channels:
+        latent = autoencoder.latent_channels
+        channels = getattr(getattr(denoiser, "config", None), "in_channels", latent)
+        if channels != latent:
             raise ValueError(
-                f"{path}: its denoiser takes {channels} channels and its latents have {autoencoder.latent_channels}: "
+                f"{path}: its denoiser takes {channels} channels and its latents have {latent}: "
                 "it draws into a given picture, which this pipeline cannot ask for yet"
             )
         diffusion = Diffusion.from_config(config)

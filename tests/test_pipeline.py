@@ -198,7 +198,7 @@ def loads(pipeline, monkeypatch, tmp_path):
     settings = {"diffusion": asdict(DiffusionConfig()), "size": 16, "null_prompt": "nothing"}
     parts = {"autoencoder": pipeline.autoencoder, "text": pipeline.text, "denoiser": pipeline.denoiser}
 
-    def load_model(path, names=None):
+    def load_model(path, names=None, **options):
         asked.append(path)
         return LoadedModel(parts, settings, "tiny", tmp_path)
 

@@ -75,7 +75,7 @@ def read(
         if names is None or part.name in names:
             native = to_native(part.table(), _below(tensors, part.prefixes), str(path))
             if part.kind == "autoencoder":
-                native |= _latent_statistics(part.config.latent_channels, scale, native)
+                native |= _latent_statistics(part.config.latent_channels, scale)
             components[part.name] = build(part.kind, part.config, native, f"{path}: {part.name}", dtype=dtype)
     extra, unknown = left_over(tensors, parts)
     if unknown:
@@ -201,10 +201,9 @@ def averaged(tensors: Tensors, parts: list[Part], source: str) -> Tensors:
     return result
 
 
-def _latent_statistics(channels: int, scale: float, native: Tensors) -> Tensors:
-    like = next(iter(native.values()))
+def _latent_statistics(channels: int, scale: float) -> Tensors:
     shape = (channels, 1, 1)
-    return {"latent_mean": like.new_zeros(shape), "latent_std": like.new_full(shape, 1 / scale)}
+    return {"latent_mean": torch.zeros(shape), "latent_std": torch.full(shape, 1 / scale)}
 
 
 def write(model: LoadedModel, path: Path, *, dtype: torch.dtype | None = None) -> tuple[str, ...]:

@@ -97,9 +97,9 @@ def _autoencoder(folder: Path, words: Mapping[str, Any], source: str, dtype: tor
     config = autoencoder.from_diffusers(words, source)
     tensors = {autoencoder.modern(k): v for k, v in read_component(folder, WEIGHTS).items()}
     native = to_native(autoencoder.diffusers(config, keys_of("autoencoder", config)), tensors, str(folder))
-    like, shape = next(iter(native.values())), (config.latent_channels, 1, 1)
-    native["latent_mean"] = like.new_full(shape, words.get("shift_factor") or 0.0)
-    native["latent_std"] = like.new_full(shape, 1 / words.get("scaling_factor", autoencoder.SCALING_FACTOR))
+    shape = (config.latent_channels, 1, 1)
+    native["latent_mean"] = torch.full(shape, words.get("shift_factor") or 0.0)
+    native["latent_std"] = torch.full(shape, 1 / words.get("scaling_factor", autoencoder.SCALING_FACTOR))
     return build("autoencoder", config, native, str(folder), dtype=dtype)
 
 
@@ -156,7 +156,7 @@ def _check_vocabulary(tokenizer: Path) -> None:
 
 def _settings(path: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     file = path / "scheduler" / "scheduler_config.json"
-    diffusion, notes = scheduler.from_diffusers(read_json(file), str(file)) if file.is_file() else ({}, ())
+    diffusion, notes = scheduler.from_diffusers(read_json(file) if file.is_file() else None, str(file))
     place = next((p for p in ("unet", "transformer") if (path / p / "config.json").is_file()), "")
     size = read_json(path / place / "config.json").get("sample_size") if place else None
     factor = (

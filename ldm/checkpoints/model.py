@@ -77,7 +77,7 @@ def build(
     module_class, _ = KINDS[kind]
     with torch.device("meta"):
         module = module_class(config)
-    types = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    types = {tensors[name].dtype for name, p in module.named_parameters() if name in tensors and p.is_floating_point()}
     if dtype is None and len(types) > 1:
         raise ValueError(f"{source} mixes {' and '.join(sorted(map(str, types)))}; choose one with --dtype")
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
@@ -85,8 +85,10 @@ def build(
         raise ValueError(f"{source} holds NaN or infinity, first in {bad[0]}")
     load_tensors(module, tensors, source, assign=True)
     # Also when nothing is cast: a module's own buffers outside the state dict take the type of its tensors.
-    wanted = dtype or next(iter(types), torch.float32)
-    return module.to(wanted).eval().requires_grad_(False)
+    module.to(dtype or next(iter(types), torch.float32))
+    if isinstance(module, AutoencoderKL):  # half precision would change the latents' scale by 3e-4
+        module.latent_mean, module.latent_std = tensors["latent_mean"].float(), tensors["latent_std"].float()
+    return module.eval().requires_grad_(False)
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:

@@ -44,7 +44,9 @@ def generate(
     import torch
     from tqdm import tqdm
 
+    from ldm.diffusion.prediction import PREDICTIONS
     from ldm.images import grid, to_pil
+    from ldm.names import known
     from ldm.pipeline import Pipeline, Request, pairs
 
     width, height = _size(size)
@@ -59,6 +61,8 @@ def generate(
         height=height,
         batch=batch,
     )
+    if prediction:
+        known("prediction", prediction, PREDICTIONS)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = Pipeline.load(model, device, prediction=prediction or None, ema=ema)

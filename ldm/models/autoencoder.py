@@ -132,7 +132,7 @@ class AutoencoderKL(nn.Module):
 
     The model owns the shift and scale of its latents (`latent_mean`, `latent_std`, one per channel),
     so nobody else handles a raw latent. They are measured in training; Stable Diffusion's single
-    factor 0.18215 is mean 0, std 1 / 0.18215.
+    factor 0.18215 is mean 0, std 1 / 0.18215. Files keep them in float32 beside weights of any type.
     """
 
     latent_mean: Tensor
@@ -171,11 +171,11 @@ class AutoencoderKL(nn.Module):
         """
         posterior = self.posterior(image)
         raw = posterior.mean if noise is None else posterior.sample(noise)
-        return (raw - self.latent_mean) / self.latent_std
+        return ((raw - self.latent_mean) / self.latent_std).to(raw.dtype)
 
     def decode(self, latent: Tensor) -> Tensor:
         """normalised latent [B, C, h, w] -> image [B, 3, h f, w f], near [-1, 1] but not clamped."""
-        return self.decoder(self.post_quant(latent * self.latent_std + self.latent_mean))
+        return self.decoder(self.post_quant((latent * self.latent_std + self.latent_mean).to(latent.dtype)))
 
     def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
         """The training path: image, noise -> (reconstruction, posterior)."""

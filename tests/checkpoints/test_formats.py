@@ -17,6 +17,7 @@ from ldm.checkpoints.files import commit, sha256
 from ldm.checkpoints.load import load_model, save_model
 from ldm.checkpoints.model import LoadedModel, config_of
 from ldm.models.text import TextEncoder
+from ldm.pipeline import Pipeline
 from tests.checkpoints.families import OPEN_CLIP, SMALL, make, text_to_image
 
 FAMILIES = ("sd1", "sd2", "sdxl", "inpainting", "depth", "x4 upscaler")
@@ -112,7 +113,8 @@ def test_a_file_that_says_nothing_of_itself(family: str, tmp_path: Path) -> None
             continue
         assert found == wanted
         for key, tensor in module.state_dict().items():
-            assert torch.equal(model.components[name].state_dict()[key], tensor.half()), key
+            kept = tensor if key.startswith("latent_") else tensor.half()
+            assert torch.equal(model.components[name].state_dict()[key], kept), key
     written = place(tmp_path, "compvis", "again")
     compvis.write(model, written)
     again, kept = load_file(written), {k for k in tensors if not compvis.DROPPED.fullmatch(k)}
@@ -459,3 +461,26 @@ def test_a_text_encoder_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(text(["a red circle"]).context, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="cannot hold"):
         convert.convert(tmp_path, tmp_path / "x.safetensors", "compvis")
+
+
+def test_a_folder_without_a_scheduler_says_what_it_assumes(tmp_path: Path) -> None:
+    diffusers.write(make("sd1"), tmp_path / "folder")
+    (tmp_path / "folder/scheduler/scheduler_config.json").unlink()
+    model = load_model(tmp_path / "folder")
+    assert "rule" in model.notes[0] and model.settings["diffusion"]["beta_end"] == 0.012
+
+
+@pytest.mark.parametrize("to", convert.FORMATS)
+@torch.no_grad()
+def test_the_latents_scale_is_exact_in_half_precision(to: str, tmp_path: Path) -> None:
+    convert.convert(stored(make("sd1"), tmp_path / "source"), place(tmp_path, to), to, dtype=torch.bfloat16)
+    autoencoder = load_model(place(tmp_path, to)).components["autoencoder"]
+    assert autoencoder.encoder.conv_in.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(autoencoder.latent_std, torch.full((4, 1, 1), 1 / 0.18215), rtol=1e-6, atol=0)
+    image = torch.rand(1, 3, 8, 8).bfloat16()
+    assert autoencoder.decode(autoencoder.encode(image)).dtype == torch.bfloat16
+
+
+def test_a_model_that_draws_into_pictures_is_not_a_text_to_image_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="9 channels"):
+        Pipeline.load(stored(make("inpainting"), tmp_path / "model"))

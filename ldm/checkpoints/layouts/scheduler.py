@@ -8,15 +8,24 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 FLOW = "FlowMatchEulerDiscreteScheduler"
 
 
-def from_diffusers(words: Mapping[str, Any], source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(settings of the diffusion, notes) from a scheduler_config.json. Raises ValueError for an unknown schedule."""
+DEFAULT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+
+
+def from_diffusers(words: Mapping[str, Any] | None, source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(settings of the diffusion, notes) from a scheduler_config.json; None where there is no such file.
+
+    Raises ValueError for an unknown schedule.
+    """
+    notes = []
+    if words is None:
+        words = DEFAULT | {"set_alpha_to_one": False}
+        notes.append(f"there is no {source}: Stable Diffusion's noise schedule, predicting eps, is the rule")
     if str(words.get("_class_name", "")).startswith("FlowMatch"):
         return {"schedule": "flow", "prediction": "flow", "shift": words.get("shift", 1.0), "spacing": "trailing"}, ()
     schedule, predicts = words.get("beta_schedule", "linear"), words.get("prediction_type", "epsilon")
     if schedule not in SCHEDULES or predicts not in PREDICTIONS or words.get("trained_betas") is not None:
         raise ValueError(f"{source}: beta_schedule {schedule!r} with prediction_type {predicts!r} is not known here")
     spacing = words.get("timestep_spacing", "leading")
-    notes = []
     if spacing == "leading" and (words.get("steps_offset", 0) != 1 or words.get("set_alpha_to_one", True)):
         notes.append("sampling steps start at offset 1 and end at the first noise level, as Stable Diffusion's do")
     return {
