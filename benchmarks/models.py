@@ -23,6 +23,7 @@ from benchmarks.harness import Comparison, Schedule, Subject, compare, table, wr
 from benchmarks.instruments import instruments
 from benchmarks.peers import SIZES, Pair, Sizes, build, pair
 from ldm.models.text import VOCABULARY
+from ldm.nn.cpu import for_cpu
 from ldm.types import Conditioning
 
 Inputs = dict[str, Tensor]
@@ -168,6 +169,9 @@ def subjects(part: Part, sizes: Sizes, device: torch.device, dtype: torch.dtype,
         inputs = make_inputs(sizes, device, dtype, torch.channels_last)
     made[f"{name}, {flags}"] = subject(part, best.peer, best, inputs, compiled)
     made[f"ours, {flags}"] = subject(part, best.ours, best, inputs, compiled)
+    if not part.train and device.type == "cpu":
+        ready = pair(part.kind, sizes, best.peer)
+        made["ours, as generate runs it"] = subject(part, for_cpu(ready.ours), ready, inputs)
     return made
 
 

@@ -15,6 +15,7 @@ from ldm.diffusion.guidance import check_guidance, guided
 from ldm.diffusion.noise import ImageNoise, NoiseLevel
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.diffusion.samplers import Step, sampler
+from ldm.nn.cpu import for_cpu
 from ldm.types import Conditioning, Denoiser
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class Pipeline:
         model = load_model(path, parts, prediction=prediction, ema=ema, dtype=dtype)
         for note in model.notes:
             log.info("%s: %s", model.name, note)
-        autoencoder, text, denoiser = (part.to(device).eval() for part in model.require(*parts))
+        autoencoder, text, denoiser = (for_cpu(part.to(device).eval()) for part in model.require(*parts))
         try:
             config = DiffusionConfig(**model.settings["diffusion"])
             size, null_prompt = model.settings["size"], model.settings["null_prompt"]
