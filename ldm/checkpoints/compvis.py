@@ -63,7 +63,7 @@ def read(
         parts = find_parts(tensors, recorded)
         configs = {part.name: part.config for part in parts}
         settings, notes = facts.settings(configs, tensors, metadata, prediction)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is of no family known here: {error}") from error
     scale = settings.pop("latent_scale")
     if not parts:

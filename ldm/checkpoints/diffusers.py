@@ -36,6 +36,15 @@ def is_folder(path: Path) -> bool:
 
 def read(path: Path, names: Sequence[str] | None = None, *, dtype: torch.dtype | None = None) -> LoadedModel:
     """A pipeline's folder or a component's. Raises ValueError naming the file and the reason."""
+    try:
+        return _read(path, names, dtype)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:  # JSON of another shape than theirs
+        raise ValueError(
+            f"{path} is no folder of diffusers that can be read: {type(error).__name__} {error}"
+        ) from error
+
+
+def _read(path: Path, names: Sequence[str] | None, dtype: torch.dtype | None) -> LoadedModel:
     if not (path / "model_index.json").is_file():
         name, module = _component(path, dtype)
         return LoadedModel({name: module}, {}, path.name, path)
@@ -45,7 +54,7 @@ def read(path: Path, names: Sequence[str] | None = None, *, dtype: torch.dtype |
         if (path / place / "config.json").is_file() and (names is None or name in names):
             components[name] = _component(path / place, dtype)[1]
     if names is None or "text" in names:
-        components |= _text(path, index, dtype)
+        components |= _text(path, dtype)
     settings, notes = _settings(path, index)
     if not components:
         raise ValueError(f"{path} has none of the components known here: {', '.join(PLACES)}, text_encoder")
@@ -56,21 +65,16 @@ def _component(folder: Path, dtype: torch.dtype | None) -> tuple[str, nn.Module]
     words = read_json(folder / "config.json")
     source = f"{folder}/config.json"
     kind = words.get("_class_name") or next(iter(words.get("architectures") or ["?"]))
-    try:
-        if kind == "AutoencoderKL":
-            return "autoencoder", _autoencoder(folder, words, source, dtype)
-        if kind in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-            clip = text.from_transformers(words, source, pad_id=_pad_id(folder.parent / "tokenizer"))
-            return "text", build("text", *_clip(folder, clip), str(folder), dtype=dtype)
-        if kind in TEXT_ENCODERS:
-            tokenizer = next(
-                (f for f in (folder, folder.parent / "tokenizer") if (f / "tokenizer.json").is_file()), folder
-            )
-            encoder = TransformersText.from_folder(folder, tokenizer, CONTEXT_LENGTH)
-            return "text", encoder if dtype is None else encoder.to(dtype)
-        name, ours, config, table = _network(kind, words, source)
-    except KeyError as error:
-        raise ValueError(f"{source} says nothing of {error}") from error
+    if kind == "AutoencoderKL":
+        return "autoencoder", _autoencoder(folder, words, source, dtype)
+    if kind in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+        clip = text.from_transformers(words, source, pad_id=_pad_id(folder.parent / "tokenizer"))
+        return "text", build("text", *_clip(folder, clip), str(folder), dtype=dtype)
+    if kind in TEXT_ENCODERS:
+        tokenizer = next((f for f in (folder, folder.parent / "tokenizer") if (f / "tokenizer.json").is_file()), folder)
+        encoder = TransformersText.from_folder(folder, tokenizer, CONTEXT_LENGTH)
+        return "text", encoder if dtype is None else encoder.to(dtype)
+    name, ours, config, table = _network(kind, words, source)
     tensors = {k: v for k, v in read_component(folder, WEIGHTS).items() if k not in (*dit.IGNORED, *mmdit.IGNORED)}
     native = to_native(table, tensors, str(folder))
     return name, build(ours, config, native, str(folder), dtype=dtype)
@@ -103,7 +107,7 @@ def _autoencoder(folder: Path, words: Mapping[str, Any], source: str, dtype: tor
     return build("autoencoder", config, native, str(folder), dtype=dtype)
 
 
-def _text(path: Path, index: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, nn.Module]:
+def _text(path: Path, dtype: torch.dtype | None) -> dict[str, nn.Module]:
     folders = [path / name for name in ("text_encoder", "text_encoder_2") if (path / name / "config.json").is_file()]
     if not folders or (path / "text_encoder_3").is_dir():
         return {}

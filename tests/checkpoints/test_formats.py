@@ -484,3 +484,19 @@ def test_the_latents_scale_is_exact_in_half_precision(to: str, tmp_path: Path) -
 def test_a_model_that_draws_into_pictures_is_not_a_text_to_image_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="9 channels"):
         Pipeline.load(stored(make("inpainting"), tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"_class_name": "UNet2DConditionModel", "block_out_channels": [0, 1]}', "{"]
+)
+def test_folders_whose_json_is_another(content: str, tmp_path: Path) -> None:
+    diffusers.write(make("sd1"), tmp_path / "folder")
+    for file in ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
+        original = (tmp_path / "folder" / file).read_text()
+        if content.endswith("}") and "scheduler" in file:
+            continue  # the library's defaults
+        (tmp_path / "folder" / file).write_text(content)
+        with pytest.raises(ValueError, match="folder") as told:
+            load_model(tmp_path / "folder")
+        assert "\n" not in str(told.value)
+        (tmp_path / "folder" / file).write_text(original)
