@@ -28,7 +28,9 @@ BARE = {  # a component alone in a file: the tensor that gives it away
     "dit.": "y_embedder.embedding_table.weight",
 }
 DIT = "dit."
-EXTRA = re.compile(r"(cond_stage_model|conditioner)\..*(position_ids|logit_scale|attn_mask)|[^.]+|denoiser\.sigmas")
+EXTRA = re.compile(
+    r"(cond_stage_model|conditioner)\..*(position_ids|logit_scale|attn_mask)|[^.]+|(denoiser|low_scale_model)\.[^.]+"
+)
 """Tensors that no component of ours holds and that mean nothing to it; a file written again gets them back."""
 DROPPED = re.compile(r"loss\..*|model_ema\..*|.*\.loss\..*")
 """What only training needed."""
@@ -65,7 +67,7 @@ def read(
         settings, notes = facts.settings(configs, tensors, metadata, prediction)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is of no family known here: {error}") from error
-    scale = settings.pop("latent_scale")
+    scale = settings.pop("latent_scale", facts.SCALE["sd"])
     if not parts:
         raise ValueError(f"{path} holds nothing known: its first tensor is {next(iter(tensors))}")
     if ema:

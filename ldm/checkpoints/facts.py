@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ldm.checkpoints.layouts.table import Tensors
+from ldm.models.dit import DiTConfig
 from ldm.models.unet import UNetConfig
 
 SCALE = {"sd": 0.18215, "sdxl": 0.13025, "x4": 0.08333}
@@ -36,10 +37,18 @@ def settings(
             found["diffusion"] |= {"prediction": prediction}
         return found, ()
     denoiser = configs.get("denoiser")
+    if isinstance(denoiser, DiTConfig):
+        linear = {
+            "schedule": "linear",
+            "beta_start": 1e-4,
+            "beta_end": 0.02,
+            "prediction": "eps",
+            "spacing": "trailing",
+        }
+        return {"size": 256, "diffusion": linear}, ("predicts eps, linear betas: the rule for DiT",)
     if not isinstance(denoiser, UNetConfig):
-        family = "sd"
-        notes: tuple[str, ...] = (f"latent scale {SCALE[family]}: the rule for a file without a U-Net",)
-        return {"latent_scale": SCALE[family], "size": 256, "null_prompt": ""}, notes
+        rule = f"latent scale {SCALE['sd']}: the rule for a file without a U-Net"
+        return {"size": 256, "latent_scale": SCALE["sd"]}, (rule,) if "autoencoder" in configs else ()
     family = _family(denoiser)
     predicts, reason = _prediction(denoiser, family, tensors, metadata, prediction)
     size = {"sdxl": 1024, "x4": 512}.get(family) or (768 if predicts == "v" and denoiser.context_dim == 1024 else 512)

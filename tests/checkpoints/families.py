@@ -53,9 +53,11 @@ def text_to_image(unet: dict[str, Any], text: nn.Module, scale: float = 0.18215,
 def make(family: str, channels: int = 32) -> LoadedModel:
     """A tiny random model of that family."""
     small = SMALL | dict(channels=channels)
-    pair = TextPairConfig(replace(CLIP, skip=1, final_norm=False), replace(OPEN_CLIP, width=24, final_norm=False))
+    pair = TextPairConfig(
+        replace(CLIP, skip=1, final_norm=False), replace(OPEN_CLIP, width=24, embed_dim=1280, final_norm=False)
+    )
     xl = small | LINEAR | dict(multipliers=(1, 2, 4), depths=(0, 1, 2), middle_depth=2, context_dim=40)
-    xl |= dict(pooled_dim=16, pooled_layers=2, size_dim=256)
+    xl |= dict(pooled_dim=1280, pooled_layers=2, size_dim=256)
     alone: dict[str, dict[str, nn.Module]] = {
         "autoencoder": {"autoencoder": tiny_autoencoder(0.18215, attention_levels=(1,), latent_channels=16)},
         "controlnet": {

@@ -8,7 +8,9 @@ from ldm.checkpoints.layouts.table import Shapes, fixed
 from ldm.models.controlnet import ControlNetConfig
 from ldm.models.unet import UNetConfig
 
-SIZE_DIM = 256  # SDXL's sinusoids of the picture sizes; their width leaves no trace of its own in a file
+SDXL, REFINER, SIZE_DIM = 2816, 2560, 256
+"""Widths that SDXL's label network takes in, base and refiner, and of each sinusoid of a size among it. The refiner
+is told an aesthetic score in the place of a size, which we are not."""
 
 FIXED: dict[str, tuple[Any, ...]] = {  # what we do not vary: the values that mean what we do
     "act_fn": ("silu",),
@@ -39,11 +41,12 @@ FIXED: dict[str, tuple[Any, ...]] = {  # what we do not vary: the values that me
 }
 
 
-def infer(shapes: Shapes, *, heads_of: int = 768) -> UNetConfig:
+def infer(shapes: Shapes) -> UNetConfig:
     """The config of a CompVis U-Net or ControlNet (names as below `model.diffusion_model.`) from names and shapes.
 
-    The number of heads leaves no trace in them. The rule: 8 heads for a text of width `heads_of` (Stable Diffusion
-    1) and for a U-Net with a label (the x4 upscaler), 64 channels a head for every other.
+    The number of heads leaves no trace in them. The rule: 64 channels a head where projections are linear and there
+    is no label (Stable Diffusion 2, SDXL), else 8 heads (Stable Diffusion 1, the x4 upscaler). Raises ValueError for
+    SDXL's refiner.
     """
     channels = shapes["input_blocks.0.0.weight"][0]
     total = max(int(k.split(".")[1]) for k in shapes if k.startswith("input_blocks."))
@@ -56,7 +59,10 @@ def infer(shapes: Shapes, *, heads_of: int = 768) -> UNetConfig:
     firsts = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range((total + 1) // (blocks + 1))]
     text = next((v[1] for k, v in shapes.items() if k.endswith("attn2.to_k.weight")), 0)
     pooled, classes = shapes.get("label_emb.0.0.weight", (0, 0))[1], shapes.get("label_emb.weight", (0,))[0]
-    size_dim = SIZE_DIM if pooled > 6 * SIZE_DIM else 0
+    size_dim = SIZE_DIM if pooled == SDXL else 0
+    linear = any(k.endswith(".proj_in.weight") and len(v) == 2 for k, v in shapes.items())
+    if pooled == REFINER:
+        raise ValueError("it is SDXL's refiner, which is told an aesthetic score")
     widths = [shapes[f"{first}.0.out_layers.3.weight"][0] for first in firsts]
     return UNetConfig(
         in_channels=shapes["input_blocks.0.0.weight"][1],
@@ -73,8 +79,8 @@ def infer(shapes: Shapes, *, heads_of: int = 768) -> UNetConfig:
         size_dim=size_dim,
         classes=classes,
         heads=8,
-        head_dim=0 if text == heads_of or classes else 64,
-        linear_projection=any(k.endswith(".proj_in.weight") and len(v) == 2 for k, v in shapes.items()),
+        head_dim=64 if linear and not classes else 0,
+        linear_projection=linear,
         scale_shift=shapes["input_blocks.1.0.emb_layers.1.weight"][0] == 2 * widths[0],
         residual_resample=not halved and len(widths) > 1,
     )
@@ -115,6 +121,8 @@ def from_diffusers(config: Mapping[str, Any], source: str) -> UNetConfig:
     if addition not in (None, "text_time"):
         raise ValueError(f"{source}: addition_embed_type {addition!r} is not supported")
     size_dim = config["addition_time_embed_dim"] if addition else 0
+    if addition and config["projection_class_embeddings_input_dim"] == REFINER:
+        raise ValueError(f"{source}: it is SDXL's refiner, which is told an aesthetic score; that is not supported")
     middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn") == "UNetMidBlock2DCrossAttn"
     middle = bool(config.get("add_attention", True)) if plain else middle
     return UNetConfig(
