@@ -51,11 +51,7 @@ class Part:
 
 def compvis(config: UNetConfig, keys: Iterable[str]) -> list[Entry]:
     """The table for names below `model.diffusion_model.`. ValueError if that format cannot hold this U-Net."""
-    _representable(config, "a CompVis file")
-    if config.norm_groups != 32:
-        raise ValueError(f"a CompVis file cannot hold a U-Net with norm_groups {config.norm_groups}: it has 32")
-    if not config.context_dim and any((*config.depths, config.middle_depth)):
-        raise ValueError("a CompVis file cannot hold a U-Net that has attention and no text")
+    _compvis_representable(config)
     return entries(keys, _modules(config, COMPVIS))
 
 
@@ -72,7 +68,8 @@ def diffusers(config: UNetConfig, keys: Iterable[str]) -> list[Entry]:
 
 
 def controlnet_compvis(config: ControlNetConfig, keys: Iterable[str]) -> list[Entry]:
-    """The table for names below `control_model.` (lllyasviel)."""
+    """The table for names below `control_model.` (lllyasviel). ValueError if that format cannot hold it."""
+    _compvis_representable(config.unet)
     hints = 2 * len(config.hint_widths)
     extra = [(f"hint.{i}", f"input_hint_block.{2 * i}") for i in range(hints)]
     extra += [(f"zero.{i}", f"zero_convs.{i}.0") for i in range(_skips(config.unet))]
@@ -153,6 +150,14 @@ def _resample(config: UNetConfig, level: str, block: str, sampler: str) -> Part:
         return Part(f"{level}.resample", (block, sampler), "residual")
     leaf = "op" if level.startswith("down") else "conv"
     return Part(f"{level}.resample.conv", (f"{block}.{leaf}", f"{sampler}.conv"), "conv")
+
+
+def _compvis_representable(config: UNetConfig) -> None:
+    _representable(config, "a CompVis file")
+    if config.norm_groups != 32:
+        raise ValueError(f"a CompVis file cannot hold a U-Net with norm_groups {config.norm_groups}: it has 32")
+    if not config.context_dim and any((*config.depths, config.middle_depth)):
+        raise ValueError("a CompVis file cannot hold a U-Net that has attention and no text")
 
 
 def _representable(config: UNetConfig, what: str) -> None:
