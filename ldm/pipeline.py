@@ -66,9 +66,9 @@ class Request:
         check_guidance(self.guidance, self.rescale)
 
     @property
-    def total_steps(self) -> int:
-        """Steps of all batches together."""
-        return self.steps * -(-len(self.prompts) // self.batch)
+    def batches(self) -> int:
+        """How many batches its images make."""
+        return -(-len(self.prompts) // self.batch)
 
 
 class Pipeline:
@@ -135,18 +135,22 @@ class Pipeline:
 
     def __call__(self, request: Request, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """Draw every image: [N, 3, H, W] in [-1, 1], float32 on the CPU; progress(steps done, of how many)."""
-        images = []
+        images, steps = [], self.steps(request)
         for step in self.stream(request):
             if progress is not None:
-                progress(step.index + 1, request.total_steps)
-            if (step.index + 1) % request.steps == 0:
+                progress(step.index + 1, steps * request.batches)
+            if (step.index + 1) % steps == 0:
                 images.append(self.decode(step.x))
         return torch.cat(images)
 
-    def stream(self, request: Request) -> Iterator[Step]:
-        """The steps of the request, batch after batch, numbered through 0..total_steps - 1.
+    def steps(self, request: Request) -> int:
+        """Steps of each batch: as many as asked for, but for spacing `compvis`, which takes what it can."""
+        return len(self.diffusion.trajectory(request.steps, request.spacing).t) - 1
 
-        Step k belongs to batch k // steps, images [batch * (k // steps) : ...]; the x of a batch's last step is
+    def stream(self, request: Request) -> Iterator[Step]:
+        """The steps of the request, batch after batch, numbered through from 0.
+
+        Step k belongs to batch b = k // `steps(request)`, images [batch * b : ...]; the x of a batch's last step is
         its result. `decode` turns x, or the estimate x0 for a preview, into pictures. Checks the request at
         once, raising ValueError before any work; the caller may stop whenever it likes.
         """
@@ -187,7 +191,7 @@ class Pipeline:
             cond = self._told_sizes(encoded[[row[prompt] for prompt in request.prompts[batch]]], shape)
             denoise = self.diffusion.denoise(network, cond)
             for step in take(denoise, noise().to(device), levels, noise=noise):
-                yield Step(number * request.steps + step.index, step.x, step.x0)
+                yield Step(number * (len(levels.t) - 1) + step.index, step.x, step.x0)
 
     def _network(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         # the network runs in its own type, the sampler's sums in float32

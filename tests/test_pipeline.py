@@ -108,7 +108,7 @@ def test_a_request_repeats_to_the_byte(pipeline):
 
 def test_stream_numbers_the_steps_of_all_batches(pipeline):
     steps = list(pipeline.stream(REQUEST))
-    assert [step.index for step in steps] == list(range(8)) and REQUEST.total_steps == 8
+    assert [step.index for step in steps] == list(range(8)) and pipeline.steps(REQUEST) * REQUEST.batches == 8
     assert [len(step.x) for step in steps] == [4] * 4 + [2] * 4
     images = torch.cat([pipeline.decode(steps[3].x), pipeline.decode(steps[7].x)])
     assert torch.equal(images, pipeline(REQUEST))
@@ -282,3 +282,12 @@ def test_generate_checks_before_it_loads(loads, tmp_path, words, message):
 def test_generate_makes_no_folder_for_what_the_model_cannot_draw(loads, tmp_path):
     result = run("a cat", "--size", 10, "--out", tmp_path / "out")
     assert "multiples of 4 px" in str(result.exception) and not (tmp_path / "out").exists()
+
+
+def test_compvis_spacing_takes_the_steps_it_can(pipeline):
+    """30 asked for are 31 there; the pictures still come at the end of a batch."""
+    request = replace(REQUEST, steps=30, spacing="compvis")
+    assert pipeline.steps(request) == 31
+    steps = [step.index for step in pipeline.stream(request)]
+    assert steps == list(range(31 * request.batches))
+    assert pipeline(request).shape[0] == len(request.prompts)

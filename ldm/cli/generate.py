@@ -27,6 +27,7 @@ def generate(
     steps: Annotated[int, typer.Option(help="More is finer and slower.")] = 50,
     sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler, heun or plms.")] = "ddim",
     eta: Annotated[float, typer.Option(help="ddim: share of noise drawn anew each step, 0 to 1.")] = 0.0,
+    spacing: Annotated[str, typer.Option(help="Where steps lie, such as karras; else the model's.")] = "",
     guidance: Annotated[float, typer.Option(help="How strictly to follow the prompt; 1 turns it off.")] = 5.0,
     size: Annotated[str, typer.Option(help="Pixels, N or WxH; without it, the size trained at.")] = "",
     batch: Annotated[int, typer.Option(help="Images at a time; fewer need less memory.")] = 16,
@@ -56,6 +57,7 @@ def generate(
         steps=steps,
         sampler=sampler,
         eta=eta,
+        spacing=spacing or None,
         guidance=guidance,
         width=width,
         height=height,
@@ -69,10 +71,11 @@ def generate(
     stream = pipeline.stream(request)  # checks the rest
     out.mkdir(parents=True, exist_ok=True)
     numbers, index, shown = _numbers(out, ""), 0, []
-    with tqdm(total=request.total_steps, unit="step", disable=not sys.stderr.isatty()) as bar:
+    per_batch = pipeline.steps(request)
+    with tqdm(total=per_batch * request.batches, unit="step", disable=not sys.stderr.isatty()) as bar:
         for step in stream:
             bar.update()
-            if (step.index + 1) % steps:
+            if (step.index + 1) % per_batch:
                 continue
             for picture in map(to_pil, pipeline.decode(step.x)):
                 name = f"{{:05d}}-{request.seeds[index]}.png"

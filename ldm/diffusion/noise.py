@@ -12,10 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ldm.diffusion.spacings import RATIO_SPACINGS, Spacing, beta_times, interpolate
 from ldm.names import known
 
-BETAS = ("scaled_linear", "linear", "cosine")
-SPACINGS = ("leading", "trailing", "linspace")
+BETAS = ("scaled_linear", "linear", "cosine", "sqrt", "sigmoid")
+STRIDES = ("leading", "trailing", "linspace")
+SPACINGS = (*STRIDES, "compvis", "sgm_uniform", "beta", *RATIO_SPACINGS)
+FITTED = ("leading", "compvis", "ays", "ays_sdxl", "ays_video")  # to chains of levels; a flow has none
+FLOW_SPACINGS = tuple(spacing for spacing in SPACINGS if spacing not in FITTED)
 FLOW_TIME_SCALE = 1000.0  # a flow network is told 1000 * time: one timestep embedding serves every schedule
 
 
@@ -51,6 +55,10 @@ class NoiseSchedule(Protocol):
 
     def sample(self, u: Tensor) -> NoiseLevel:
         """u [B] in [0, 1) -> levels [B], uniform in time when `u` is uniform."""
+        ...
+
+    def at_ratio(self, ratio: Tensor) -> NoiseLevel:
+        """The levels with those ratios sigma / alpha, any shape, float64."""
         ...
 
     def trajectory(self, steps: int, spacing: str) -> NoiseLevel:
@@ -91,6 +99,10 @@ class DiscreteSchedule:
         leading: floor(i * T / steps) + 1, ending at alpha_bar[0]: the timesteps of Stable Diffusion (CompVis,
             and diffusers with offset 1 and set_alpha_to_one False) where `steps` divides T; elsewhere theirs
             miss the number of steps. With steps = T there is no room for the + 1: T-1 ... 0, then clean.
+        compvis: 1 + k * floor(T / steps), as CompVis' code has it: as many steps as fit below T, and its ValueError
+            where the last would be T itself.
+        sgm_uniform: T-1 and down in equal strides of (T - 1) / steps, not rounded, then clean.
+        beta, karras, exponential, ...: see `spacings`; between whole t, then clean.
         The clean level says t = 0 and no sampler asks the network there.
         """
         known("spacing", spacing, SPACINGS)
@@ -98,6 +110,18 @@ class DiscreteSchedule:
         if not 1 <= steps <= total:
             raise ValueError(f"steps must be in 1..{total} for this noise schedule, got {steps}")
         end = torch.ones(1, dtype=torch.float64)
+        if spacing in RATIO_SPACINGS:
+            return self._by_ratio(RATIO_SPACINGS[spacing], steps, spacing)
+        if spacing in ("sgm_uniform", "beta"):
+            share = (
+                beta_times(steps) if spacing == "beta" else torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+            )
+            return _joined(self.at((total - 1) * share), _clean())
+        if spacing == "compvis":
+            t = torch.arange(0, total, total // steps, dtype=torch.float64).flip(0) + 1
+            if t[0] >= total:
+                raise ValueError(f"spacing 'compvis' has no {steps} steps: its first would be t = {total}")
+            return _joined(_preserving(t, self.alpha_bar[t.long()]), _preserving(t.new_zeros(1), self.alpha_bar[:1]))
         i = torch.arange(steps, dtype=torch.float64)
         if spacing == "linspace":
             t = torch.linspace(total - 1, 0, steps, dtype=torch.float64).round()
@@ -107,6 +131,25 @@ class DiscreteSchedule:
             t, end = (i * total / steps).floor().flip(0) + 1, self.alpha_bar[:1]
         alpha_bar = torch.cat([self.alpha_bar[t.long()], end])
         return _preserving(torch.cat([t, torch.zeros(1, dtype=torch.float64)]), alpha_bar)
+
+    def at_ratio(self, ratio: Tensor) -> NoiseLevel:
+        """The levels with those ratios sigma / alpha; their t is between the nearest whole ones, or at an end."""
+        ratio = ratio.double()
+        table = ((1 - self.alpha_bar) / self.alpha_bar).sqrt()  # rising with t, infinite where there is no signal
+        whole = torch.arange(len(table), dtype=torch.float64)[table.isfinite()]
+        t = interpolate(ratio.log(), table[table.isfinite()].log(), whole)
+        return _preserving(t, 1 / (1 + ratio.square()))
+
+    def _by_ratio(self, spacing: Spacing, steps: int, name: str) -> NoiseLevel:
+        if self.alpha_bar[-1] <= 0:
+            raise ValueError(f"spacing {name!r} needs signal at the noisiest level; with zero_snr use trailing")
+        ratio = ((1 - self.alpha_bar[[0, -1]]) / self.alpha_bar[[0, -1]]).sqrt()
+        chosen = spacing(steps, float(ratio[0]), float(ratio[1]))
+        if chosen[0] > 1.01 * ratio[1]:
+            raise ValueError(
+                f"spacing {name!r} starts at sigma / alpha {chosen[0]:g}; this schedule ends at {ratio[1]:g}"
+            )
+        return _joined(self.at_ratio(chosen), _clean())
 
 
 @dataclass(frozen=True)
@@ -128,6 +171,11 @@ class FlowSchedule:
         time = t / FLOW_TIME_SCALE
         return NoiseLevel(t, 1 - time, time)
 
+    def at_ratio(self, ratio: Tensor) -> NoiseLevel:
+        """The levels with those ratios sigma / alpha."""
+        time = ratio.double() / (1 + ratio.double())
+        return NoiseLevel(FLOW_TIME_SCALE * time, 1 - time, time)
+
     def sample(self, u: Tensor) -> NoiseLevel:
         """u [B] in [0, 1) -> the levels [B] of time = shifted(u)."""
         return self._shifted(u.double())
@@ -136,11 +184,22 @@ class FlowSchedule:
         """Levels [steps + 1] from pure noise to exactly clean, for every steps >= 1, else ValueError.
 
         trailing: equal strides 1 ... 0.  linspace: 1 ... 0.001 with both ends, then 0.
-        leading is refused: it would start a flow from pure noise at a level that still holds signal.
+        sgm_uniform: 1 ... 0.001 in equal strides without the lower end, then 0.
+        beta: see `spacings`. karras, exponential, ...: as there, with the time between 1 and 0.001 for the ratio.
+        leading, compvis and the ays tables are refused: they belong to chains whose first level still holds signal.
         """
-        known("spacing of a flow", spacing, SPACINGS[1:])
+        known("spacing of a flow", spacing, FLOW_SPACINGS)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
+        zero = torch.zeros(1, dtype=torch.float64)
+        if spacing in RATIO_SPACINGS:
+            time = RATIO_SPACINGS[spacing](steps, 1 / FLOW_TIME_SCALE, 1.0)
+            return self._shifted(torch.cat([torch.ones_like(zero), time[1:], zero]))  # a 1 that is not rounded
+        if spacing == "beta":
+            return self._shifted(torch.cat([beta_times(steps), zero]))
+        if spacing == "sgm_uniform":
+            time = torch.linspace(1, 1 / FLOW_TIME_SCALE, steps + 1, dtype=torch.float64)[:-1]
+            return self._shifted(torch.cat([time, zero]))
         if spacing == "trailing":
             return self._shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
         time = torch.linspace(1, 1 / FLOW_TIME_SCALE, steps, dtype=torch.float64)
@@ -170,6 +229,8 @@ def discrete(kind: str, steps: int, beta_start: float, beta_end: float) -> Discr
 
     scaled_linear: square roots of the betas in equal strides (Rombach et al. 2022, called "linear" there).
     linear: the betas themselves in equal strides (Ho et al. 2020).
+    sqrt: square roots of values in equal strides.
+    sigmoid: a logistic curve over -6..6 between start and end.
     cosine: alpha_bar = cos^2, betas at most 0.999 (Nichol & Dhariwal 2021, eq. 17); ignores start and end.
     """
     known("noise schedule", kind, BETAS)
@@ -182,9 +243,13 @@ def discrete(kind: str, steps: int, beta_start: float, beta_end: float) -> Discr
     else:
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"betas must satisfy 0 < start <= end < 1, got {beta_start} and {beta_end}")
-        power = 2 if kind == "scaled_linear" else 1
-        ends = beta_start ** (1 / power), beta_end ** (1 / power)
-        betas = torch.linspace(*ends, steps, dtype=torch.float64) ** power
+        if kind == "sigmoid":
+            curve = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid()
+            betas = beta_start + curve * (beta_end - beta_start)
+        else:
+            root, power = {"scaled_linear": (2.0, 2.0), "linear": (1.0, 1.0), "sqrt": (1.0, 0.5)}[kind]
+            ends = beta_start ** (1 / root), beta_end ** (1 / root)
+            betas = torch.linspace(*ends, steps, dtype=torch.float64) ** power
     return DiscreteSchedule(torch.cumprod(1 - betas, dim=0))
 
 
@@ -193,6 +258,15 @@ def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
     signal = schedule.alpha_bar.sqrt()
     first, last = signal[0], signal[-1]
     return DiscreteSchedule(((signal - last) * first / (first - last)).square())
+
+
+def _clean() -> NoiseLevel:
+    return _preserving(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+
+
+def _joined(levels: NoiseLevel, end: NoiseLevel) -> NoiseLevel:
+    parts = ((levels.t, end.t), (levels.alpha, end.alpha), (levels.sigma, end.sigma))
+    return NoiseLevel(*(torch.cat(pair) for pair in parts))
 
 
 def _preserving(t: Tensor, alpha_bar: Tensor) -> NoiseLevel:

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.diffusion.noise import BETAS, SPACINGS, FlowSchedule, NoiseLevel, NoiseSchedule, discrete, zero_terminal_snr
+from ldm.diffusion.noise import (
+    BETAS,
+    FLOW_SPACINGS,
+    SPACINGS,
+    FlowSchedule,
+    NoiseLevel,
+    NoiseSchedule,
+    discrete,
+    zero_terminal_snr,
+)
 from ldm.diffusion.prediction import PREDICTIONS, determinant, target, to_x0
 from ldm.names import known
 from ldm.types import Conditioning, Denoise, Denoiser
@@ -18,7 +27,7 @@ WEIGHTINGS = ("none", "min_snr")
 class DiffusionConfig:
     """Everything about the noise; `dataclasses.asdict` of it goes into the checkpoint."""
 
-    schedule: str = "scaled_linear"  # scaled_linear | linear | cosine | flow
+    schedule: str = "scaled_linear"  # scaled_linear | linear | cosine | sqrt | sigmoid | flow
     prediction: str = "eps"  # eps | x0 | v | flow
     train_steps: int = 1000  # discrete schedules
     beta_start: float = 0.00085  # scaled_linear and linear
@@ -28,7 +37,7 @@ class DiffusionConfig:
     shift: float = 1.0  # flow: above 1 spends more time at high noise
     weighting: str = "none"  # none | min_snr
     min_snr_gamma: float = 5.0
-    spacing: str = "trailing"  # default for sampling: leading | trailing | linspace
+    spacing: str = "trailing"  # default for sampling: leading | trailing | linspace | karras | ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Diffusion:
         known("timesteps", config.timesteps, TIMESTEPS)
         known("weighting", config.weighting, WEIGHTINGS)
         flow = config.schedule == "flow"
-        known("spacing", config.spacing, SPACINGS[1:] if flow else SPACINGS)
+        known("spacing", config.spacing, FLOW_SPACINGS if flow else SPACINGS)
         if (flow or config.zero_snr) and config.prediction == "eps":
             # at the noisy end there is no signal, and x0 = (x - sigma * eps) / alpha has no answer
             start = "'flow'" if flow else "zero_snr"

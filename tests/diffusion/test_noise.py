@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from ldm.diffusion.noise import SPACINGS, FlowSchedule, ImageNoise, discrete, zero_terminal_snr
+from ldm.diffusion.noise import FLOW_SPACINGS, SPACINGS, STRIDES, FlowSchedule, ImageNoise, discrete, zero_terminal_snr
+from ldm.diffusion.spacings import RATIO_SPACINGS, beta_times
 
+EXACT = [s for s in SPACINGS if s not in ("compvis", "ays_video")]
 SD = ("scaled_linear", 1000, 0.00085, 0.012)
 DISCRETE = [SD, ("linear", 1000, 1e-4, 0.02), ("cosine", 1000, 0.0, 0.0)]
 
@@ -45,7 +47,7 @@ def test_at_refuses_t_outside(schedule, t):
         schedule.at(t)
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", STRIDES)
 @pytest.mark.parametrize("total", [1000, 37])
 def test_discrete_trajectory_has_exactly_the_steps_asked_for(spacing, total):
     schedule = discrete("scaled_linear", total, 0.00085, 0.012)
@@ -55,6 +57,20 @@ def test_discrete_trajectory_has_exactly_the_steps_asked_for(spacing, total):
         assert levels.t.max() <= total - 1 and levels.t.min() >= 0
         assert (levels.t == levels.t.round()).all()
         assert (levels.alpha.diff() > 0).all() and (levels.sigma.diff() < 0).all()
+
+
+@pytest.mark.parametrize("spacing", EXACT)
+def test_every_spacing_has_exactly_the_steps_asked_for(spacing):
+    schedule = discrete(*SD)
+    for steps in (*range(1, 60), 333, 1000):
+        levels = schedule.trajectory(steps, spacing)
+        assert len(levels.t) == steps + 1
+        assert levels.t.max() <= 999 and levels.t.min() >= 0 and levels.sigma[-1] < 0.03
+        assert (levels.alpha.diff() > 0).all() and (levels.sigma.diff() < 0).all()
+        if spacing in FLOW_SPACINGS:
+            levels = FlowSchedule(3.0).trajectory(steps, spacing)
+            assert len(levels.t) == steps + 1 and levels.sigma[0] == 1 and levels.sigma[-1] == 0
+            assert (levels.sigma.diff() < 0).all()
 
 
 def test_leading_is_stable_diffusions():
@@ -147,3 +163,73 @@ def test_zero_terminal_snr_against_the_published_algorithm():
     assert moved[-1] == 0 and torch.isclose(moved[0], schedule.alpha_bar[0], rtol=1e-12)
     levels = zero_terminal_snr(schedule).trajectory(7, "trailing")
     assert levels.alpha[0] == 0 and levels.sigma[0] == 1 and len(levels.t) == 8
+
+
+def test_align_your_steps_gives_the_published_timesteps():
+    """Sabour et al. 2024 list them beside their noise levels."""
+    schedule = discrete(*SD)
+    expected = {
+        "ays": [999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0],
+        "ays_sdxl": [999, 845, 730, 587, 443, 310, 193, 116, 53, 13, 0],
+    }
+    for spacing, steps in expected.items():
+        levels = schedule.trajectory(10, spacing)
+        assert (levels.t - torch.tensor(steps)).abs().max() < 1.0, spacing
+        assert levels.sigma[-1] == 0
+    with pytest.raises(ValueError, match="starts at sigma / alpha 700"):
+        schedule.trajectory(10, "ays_video")
+    with pytest.raises(ValueError, match="spacing of a flow 'ays'"):
+        FlowSchedule().trajectory(10, "ays")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 37])
+def test_ratio_spacings_against_their_formulas(steps):
+    low, high, i = 0.03, 14.6, torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
+    expected = {
+        "karras": (high ** (1 / 7) + i * (low ** (1 / 7) - high ** (1 / 7))) ** 7,
+        "exponential": high * (low / high) ** i,
+        "kl_optimal": torch.tan(i * torch.tensor(low).double().atan() + (1 - i) * torch.tensor(high).double().atan()),
+    }
+    for name, ratios in expected.items():
+        torch.testing.assert_close(RATIO_SPACINGS[name](steps, low, high), ratios, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("spacing", [s for s in RATIO_SPACINGS if s != "ays_video"])
+def test_levels_of_a_ratio_lie_on_the_schedule(spacing):
+    """Told t, the schedule has the same level again, up to how it is interpolated between whole steps."""
+    schedule = discrete(*SD)
+    levels = schedule.trajectory(23, spacing)
+    assert len(levels.t) == 24 and (levels.t[:-1].diff() <= 0).all()
+    torch.testing.assert_close(levels.alpha**2 + levels.sigma**2, torch.ones(24, dtype=torch.float64))
+    between = levels.t > 1  # near t = 0 the two interpolations part
+    torch.testing.assert_close(schedule.at(levels.t[between]).sigma, levels.sigma[between], rtol=2e-2, atol=0)
+    for whole in (schedule, FlowSchedule()):
+        ratios = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
+        level = whole.at_ratio(ratios)
+        torch.testing.assert_close(level.sigma / level.alpha, ratios)
+
+
+def test_beta_spacing_is_the_quantile_of_its_distribution():
+    times = beta_times(50)
+    samples = torch.distributions.Beta(0.6, 0.6).sample((400_000,)).double()
+    shares = torch.stack([(samples <= t).double().mean() for t in times])
+    torch.testing.assert_close(shares, 1 - torch.arange(50, dtype=torch.float64) / 50, rtol=0, atol=4e-3)
+    assert times[0] == 1 and abs(float(beta_times(2)[1]) - 0.5) < 1e-7  # symmetric
+
+
+def test_compvis_spacing_is_the_original_with_its_faults():
+    schedule = discrete(*SD)
+    assert schedule.trajectory(50, "compvis").t.tolist() == schedule.trajectory(50, "leading").t.tolist()
+    assert len(schedule.trajectory(30, "compvis").t) == 32  # 31 steps, from 991
+    assert schedule.trajectory(30, "compvis").t[0] == 991
+    for steps in (3, 27, 101, 1000):
+        with pytest.raises(ValueError, match="t = 1000"):
+            schedule.trajectory(steps, "compvis")
+
+
+def test_other_betas_against_their_formulas():
+    line = torch.linspace(0.001, 0.02, 100, dtype=torch.float64)
+    roots = discrete("sqrt", 100, 0.001, 0.02).alpha_bar
+    torch.testing.assert_close(roots, (1 - line.sqrt()).cumprod(0))
+    curve = 0.001 + 0.019 / (1 + torch.exp(-torch.linspace(-6, 6, 100, dtype=torch.float64)))
+    torch.testing.assert_close(discrete("sigmoid", 100, 0.001, 0.02).alpha_bar, (1 - curve).cumprod(0))

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from ldm.diffusion.noise import SPACINGS
+from ldm.diffusion.noise import STRIDES
 from ldm.diffusion.prediction import PREDICTIONS, target
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.types import Conditioning
@@ -141,7 +141,7 @@ def test_bad_configs_are_refused(change, message):
 def test_trajectory_takes_the_models_spacing_unless_told():
     diffusion = Diffusion.from_config(DiffusionConfig(spacing="leading"))
     assert diffusion.trajectory(50).t[0] == 981
-    assert [diffusion.trajectory(50, s).t[0].item() for s in SPACINGS] == [981, 999, 999]
+    assert [diffusion.trajectory(50, s).t[0].item() for s in STRIDES] == [981, 999, 999]
 
 
 def test_a_learned_variance_is_left_out_of_the_estimate():

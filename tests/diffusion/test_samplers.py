@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ldm.diffusion.noise import SPACINGS, FlowSchedule, discrete
+from ldm.diffusion.noise import STRIDES, FlowSchedule, discrete
 from ldm.diffusion.samplers import SAMPLERS, ddim, ddpm, euler, heun, plms, sampler
 
 SD = discrete("scaled_linear", 1000, 0.00085, 0.012)
@@ -46,7 +46,7 @@ def test_plms_survives_a_start_of_almost_pure_noise(gaussian, x):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_exactly_n_finite_steps_for_every_n(gaussian, x, name):
     x = x[:1]
-    for schedule, spacing in [*((SD, s) for s in SPACINGS), (FlowSchedule(), "trailing")]:
+    for schedule, spacing in [*((SD, s) for s in (*STRIDES, "karras")), (FlowSchedule(), "trailing")]:
         for steps in (1, 2, 3, 4, 5, 7, 30, 50, 333, 1000):
             levels = schedule.trajectory(steps, spacing)
             taken = list(sampler(name)(gaussian.denoise, x, levels, noise=noise_like(x)))
