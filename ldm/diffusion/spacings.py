@@ -51,14 +51,24 @@ def align_your_steps(steps: int, low: float, high: float, model: str = "sd") -> 
     return torch.lerp(table[below], table[(below + 1).clamp(max=len(table) - 1)], place - below).exp()
 
 
+def align_your_steps_sdxl(steps: int, low: float, high: float) -> Tensor:
+    """The table for SDXL."""
+    return align_your_steps(steps, low, high, "sdxl")
+
+
+def align_your_steps_video(steps: int, low: float, high: float) -> Tensor:
+    """The table for Stable Video Diffusion."""
+    return align_your_steps(steps, low, high, "video")
+
+
 RATIO_SPACINGS: dict[str, Spacing] = {
     "karras": karras,
     "exponential": exponential,
     "polyexponential": polyexponential,
     "kl_optimal": kl_optimal,
     "ays": align_your_steps,
-    "ays_sdxl": lambda steps, low, high: align_your_steps(steps, low, high, "sdxl"),
-    "ays_video": lambda steps, low, high: align_your_steps(steps, low, high, "video"),
+    "ays_sdxl": align_your_steps_sdxl,
+    "ays_video": align_your_steps_video,
 }
 
 
