@@ -127,7 +127,7 @@ class DenoisingTask(Task):
         n = len(batch)
         u = (torch.arange(n, device=latent.device) + 0.5) / n if spread else random.uniform("timestep")
         noise = random.normal("noise", tuple(latent.shape[1:]))
-        return self.diffusion.loss(self.denoiser, latent, cond, noise=noise, u=u)
+        return self.diffusion.loss(self.denoiser, latent, cond, noise=noise, u=u, more=random.normal)
 
     @torch.no_grad()
     def _encode(self, batch: Batch, random: SampleRandomness, dropout: float) -> tuple[Tensor, Conditioning]:

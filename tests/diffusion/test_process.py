@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_min_snr_is_finite_where_there_is_no_noise(prediction):
 
 def test_loss_is_weighted_per_sample():
     plain = Diffusion.from_config(DiffusionConfig())
-    weighted = replace(plain, weighting="min_snr")
+    weighted = Diffusion.from_config(DiffusionConfig(weighting="min_snr"))
     x0, noise = torch.randn(2, 3, 4, 8, 8)
     u = torch.tensor([0.0, 0.5, 0.99])
 
@@ -131,6 +131,9 @@ def test_config_survives_json(schedule):
         ({"schedule": "flow", "prediction": "v", "spacing": "leading"}, "unknown spacing 'leading'"),
         ({"shift": 0.0}, "must be above 0"),
         ({"train_steps": 0}, "train_steps"),
+        ({"huber": -1.0}, "huber must not be below 0"),
+        ({"logit_std": 0.0}, "logit_std must be above 0"),
+        ({"mode_scale": 3.0}, "mode_scale must be in"),
     ],
 )
 def test_bad_configs_are_refused(change, message):
