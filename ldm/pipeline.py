@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm import __version__
 from ldm.checkpoints.load import load_model
-from ldm.diffusion.guidance import check_guidance, guided
+from ldm.diffusion.guidance import adaptive_projected, check_guidance, guided
 from ldm.diffusion.noise import ImageNoise, NoiseLevel
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.diffusion.samplers import Step, sampler
@@ -47,7 +47,11 @@ class Request:
     sampler: str = "ddim"
     eta: float = 0.0  # ddim: share of noise drawn anew each step
     guidance: float = 5.0  # 1 turns it off
-    rescale: float = 0.0
+    rescale: float = 0.0  # pull the spread of guided outputs back to that of the plain ones
+    interval: tuple[float, float] | None = None  # guide only where t, as the network is told it, lies in it
+    parallel: float = 1.0  # share of guidance along the estimate; below 1 saturates less (adaptive projected guidance)
+    momentum: float = 0.0  # of the guidance of earlier steps; -0.5 with parallel 0 is the paper's
+    norm: float = 0.0  # longest guidance, as a vector; 0 = any
     spacing: str | None = None  # None means the model's own
     width: int | None = None  # px; None means the size the model was trained at
     height: int | None = None
@@ -63,7 +67,7 @@ class Request:
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"steps and batch must be at least 1, got {self.steps} and {self.batch}")
         sampler(self.sampler, eta=self.eta)
-        check_guidance(self.guidance, self.rescale)
+        check_guidance(self.guidance, self.rescale, self.interval)
 
     @property
     def batches(self) -> int:
@@ -172,6 +176,11 @@ class Pipeline:
         settings |= {"CFG scale": request.guidance, "Seed": request.seeds[index], "Size": f"{width}x{height}"}
         settings |= {"Model": self.name, "Spacing": request.spacing or self.diffusion.spacing}
         settings |= {"Eta": request.eta, "CFG rescale": request.rescale}
+        if request.interval is not None:
+            settings |= {"CFG interval": f"{request.interval[0]:g}-{request.interval[1]:g}"}
+        for name in ("parallel", "momentum", "norm"):
+            if getattr(request, name) != getattr(Request, name):
+                settings |= {f"CFG {name}": getattr(request, name)}
         return settings | {"RNG": "CPU", "Version": f"ldm {__version__}"}
 
     @torch.inference_mode()  # of a generator, torch enters the mode for each step and leaves it at each yield
@@ -181,17 +190,31 @@ class Pipeline:
         distinct = list(dict.fromkeys(request.prompts))
         encoded = self._encode(distinct, request.batch)
         row = {prompt: i for i, prompt in enumerate(distinct)}
-        network: Denoiser = self._network
+        uncond = Conditioning()
         if request.guidance != 1:
             uncond = self._told_sizes(self._uncond(request.negative), shape)
-            network = guided(network, uncond, request.guidance, rescale=request.rescale)
         for number, start in enumerate(range(0, len(request.prompts), request.batch)):
             batch = slice(start, start + request.batch)
             noise = ImageNoise(request.seeds[batch], shape)
             cond = self._told_sizes(encoded[[row[prompt] for prompt in request.prompts[batch]]], shape)
-            denoise = self.diffusion.denoise(network, cond)
+            denoise = self.diffusion.denoise(self._guided(request, uncond), cond)
             for step in take(denoise, noise().to(device), levels, noise=noise):
                 yield Step(number * (len(levels.t) - 1) + step.index, step.x, step.x0)
+
+    def _guided(self, request: Request, uncond: Conditioning) -> Denoiser:
+        """The guided network for one batch: guidance with momentum remembers its steps."""
+        mix = None
+        if (request.parallel, request.momentum, request.norm) != (1.0, 0.0, 0.0):
+            mix = adaptive_projected(
+                self.diffusion,
+                request.guidance,
+                parallel=request.parallel,
+                momentum=request.momentum,
+                norm=request.norm,
+            )
+        return guided(
+            self._network, uncond, request.guidance, rescale=request.rescale, interval=request.interval, mix=mix
+        )
 
     def _network(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         # the network runs in its own type, the sampler's sums in float32

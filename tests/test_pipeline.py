@@ -291,3 +291,26 @@ def test_compvis_spacing_takes_the_steps_it_can(pipeline):
     steps = [step.index for step in pipeline.stream(request)]
     assert steps == list(range(31 * request.batches))
     assert pipeline(request).shape[0] == len(request.prompts)
+
+
+def test_projected_guidance_and_intervals_reach_the_pictures(pipeline):
+    plain = replace(REQUEST, guidance=6.0)
+    pictures = {name: pipeline(replace(plain, **change)) for name, change in GUIDANCE.items()}
+    assert torch.equal(pictures["plain"], pipeline(plain))
+    different = [name for name in GUIDANCE if not torch.equal(pictures[name], pictures["plain"])]
+    assert different == ["interval", "projected"]
+    assert torch.equal(
+        pipeline(replace(plain, **GUIDANCE["projected"])), pictures["projected"]
+    )  # nothing is remembered
+    settings = pipeline.settings(replace(plain, **GUIDANCE["projected"]), 0)
+    assert (settings["CFG parallel"], settings["CFG momentum"]) == (0.0, -0.5)
+    with pytest.raises(ValueError, match="low <= high"):
+        replace(plain, interval=(5.0, 1.0))
+
+
+GUIDANCE = {
+    "plain": {},
+    "interval": {"interval": (0.0, 400.0)},
+    "whole interval": {"interval": (0.0, 1000.0)},
+    "projected": {"parallel": 0.0, "momentum": -0.5, "norm": 15.0},
+}

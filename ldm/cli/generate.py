@@ -29,6 +29,11 @@ def generate(
     eta: Annotated[float, typer.Option(help="ddim: share of noise drawn anew each step, 0 to 1.")] = 0.0,
     spacing: Annotated[str, typer.Option(help="Where steps lie, such as karras; else the model's.")] = "",
     guidance: Annotated[float, typer.Option(help="How strictly to follow the prompt; 1 turns it off.")] = 5.0,
+    rescale: Annotated[float, typer.Option(help="Against overexposure: 0 off, 0.7 usual.")] = 0.0,
+    interval: Annotated[str, typer.Option(help="Guide only where t is in LOW-HIGH, such as 200-800.")] = "",
+    parallel: Annotated[float, typer.Option(help="Share of guidance along the estimate; 0 saturates least.")] = 1.0,
+    momentum: Annotated[float, typer.Option(help="Of earlier steps' guidance; -0.5 goes with --parallel 0.")] = 0.0,
+    norm: Annotated[float, typer.Option(help="Longest guidance; 0 is any length, 15 goes with --parallel 0.")] = 0.0,
     size: Annotated[str, typer.Option(help="Pixels, N or WxH; without it, the size trained at.")] = "",
     batch: Annotated[int, typer.Option(help="Images at a time; fewer need less memory.")] = 16,
     prediction: Annotated[str, typer.Option(help="What the model predicts, against its file: eps, v, x0.")] = "",
@@ -59,6 +64,11 @@ def generate(
         eta=eta,
         spacing=spacing or None,
         guidance=guidance,
+        rescale=rescale,
+        interval=_interval(interval),
+        parallel=parallel,
+        momentum=momentum,
+        norm=norm,
         width=width,
         height=height,
         batch=batch,
@@ -97,6 +107,16 @@ def _size(size: str) -> tuple[int | None, int | None]:
     if match is None:
         raise ValueError(f"--size must be N or WxH, such as 512 or 768x512, got {size!r}")
     return int(match[1]), int(match[2] or match[1])
+
+
+def _interval(interval: str) -> tuple[float, float] | None:
+    """ "LOW-HIGH" -> both; "" -> none."""
+    if not interval:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", interval.strip())
+    if match is None:
+        raise ValueError(f"--interval must be LOW-HIGH, such as 200-800, got {interval!r}")
+    return float(match[1]), float(match[2])
 
 
 def _numbers(folder: Path, prefix: str) -> Iterator[int]:

@@ -163,6 +163,15 @@ class Diffusion:
 
         return x0_at
 
+    def x0_of(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The estimate of x0 that a network's output means at x: all [B, C, H, W], t [B]."""
+        return to_x0(self.prediction, output[:, : x.shape[1]], x, self.schedule.at(t))
+
+    def output_of(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """What a network would have said to mean x0 at x; the inverse of `x0_of`."""
+        level = self.schedule.at(t).like(x)
+        return target(self.prediction, x0, (x - level.alpha * x0) / level.sigma, self.schedule.at(t))
+
     def trajectory(self, steps: int, spacing: str | None = None) -> NoiseLevel:
         """Levels [steps + 1] from noisy to clean, in this model's own spacing unless another is named."""
         return self.schedule.trajectory(steps, self.spacing if spacing is None else spacing)

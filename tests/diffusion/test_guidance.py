@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from ldm.diffusion.guidance import guided
+from ldm.diffusion.guidance import adaptive_projected, guided, thresholded
 from ldm.diffusion.noise import discrete
 from ldm.diffusion.prediction import PREDICTIONS, target, to_x0
+from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.types import Conditioning
 
 LEVEL = discrete("scaled_linear", 1000, 0.00085, 0.012).at(600)
@@ -97,3 +98,62 @@ def test_interval_guides_only_inside_and_saves_the_forward_outside(x):
 def test_impossible_settings_are_refused(scale, settings, message):
     with pytest.raises(ValueError, match=message):
         guided(Network(), UNCOND, scale, **settings)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_output_and_estimate_are_each_others_inverse(x, prediction):
+    diffusion = Diffusion.from_config(DiffusionConfig(prediction=prediction))
+    x0 = torch.randn_like(x)
+    output = diffusion.output_of(x0, x, T)
+    assert (diffusion.x0_of(output, x, T) - x0).abs().max() < 1e-12
+    assert (to_x0(prediction, output, x, LEVEL) - x0).abs().max() < 1e-12
+
+
+def test_projected_guidance_without_its_changes_is_the_plain_one(x):
+    for prediction in PREDICTIONS:
+        space = Diffusion.from_config(DiffusionConfig(prediction=prediction))
+        mix = adaptive_projected(space, 6.0, parallel=1.0, momentum=0.0, norm=0.0)
+        network = Network(prediction)
+        plain = guided(network, UNCOND, 6.0)(x, T, COND)
+        assert (guided(network, UNCOND, 6.0, mix=mix)(x, T, COND) - plain).abs().max() < 1e-10
+
+
+def test_projected_guidance_against_the_paper_on_one_image():
+    """Estimate (2, 0), unconditional (1, -3): the difference (1, 3) has 1 along the estimate and 3 across."""
+    space = Diffusion.from_config(DiffusionConfig(prediction="x0"))
+    one, level = torch.zeros(1, 1, 1, 2, dtype=torch.float64), torch.tensor([600.0])
+    wanted, without = one + torch.tensor([2.0, 0.0]), one + torch.tensor([1.0, -3.0])
+    mix = adaptive_projected(space, 3.0, parallel=0.5, momentum=0.0, norm=0.0)
+    assert mix(one, level, without, wanted).flatten().tolist() == pytest.approx([2 + 2 * 0.5, 2 * 3.0])
+    short = adaptive_projected(space, 3.0, parallel=0.5, momentum=0.0, norm=10**0.5 / 2)
+    assert short(one, level, without, wanted).flatten().tolist() == pytest.approx([2 + 0.5, 3.0])
+    heavy = adaptive_projected(space, 3.0, parallel=1.0, momentum=-0.5, norm=0.0)
+    heavy(one, level, without, wanted)
+    second = heavy(one, level, without, wanted)  # the difference is (1, 3) - (1, 3) / 2
+    assert second.flatten().tolist() == pytest.approx([2 + 2 * 0.5, 2 * 1.5])
+
+
+def test_autoguidance_extrapolates_from_the_weaker_network(x):
+    def weak(x, t, cond):
+        return 0.5 * Network()(x, t, cond)
+
+    network = Network()
+    output = guided(network, Conditioning(), 3.0, weak=weak)(x, T, COND)
+    strong = network(x, T, COND)
+    assert torch.allclose(output, 0.5 * strong + 3.0 * (strong - 0.5 * strong))
+
+
+def test_thresholding_brings_estimates_into_range_and_leaves_others(x):
+    space = Diffusion.from_config(DiffusionConfig())
+    wide, calm = torch.linspace(-4, 4, 16, dtype=torch.float64), torch.linspace(-0.9, 0.9, 16, dtype=torch.float64)
+    x0 = torch.stack([wide, calm, wide, calm]).view(4, 1, 4, 4)
+
+    def network(x, t, cond):
+        return space.output_of(x0, x, t)
+
+    found = space.x0_of(thresholded(network, space, 0.9)(x, T, COND), x, T)
+    reach = torch.quantile(wide.abs(), 0.9)
+    torch.testing.assert_close(found[0].flatten(), wide.clamp(-reach, reach) / reach, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found[1], x0[1])
+    with pytest.raises(ValueError, match="share in 0"):
+        thresholded(network, space, 1.5)
