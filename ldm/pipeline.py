@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ldm import __version__
 from ldm.checkpoints.load import load_model
+from ldm.diffusion.brownian import BrownianNoise
 from ldm.diffusion.guidance import adaptive_projected, check_guidance, guided
-from ldm.diffusion.noise import ImageNoise, NoiseLevel
+from ldm.diffusion.noise import NoiseLevel
 from ldm.diffusion.process import Diffusion, DiffusionConfig
-from ldm.diffusion.samplers import Step, sampler
+from ldm.diffusion.samplers import Step, canonical, sampler
 from ldm.nn.cpu import for_cpu
 from ldm.types import Conditioning, Denoiser
 
@@ -52,7 +53,7 @@ class Request:
     parallel: float = 1.0  # share of guidance along the estimate; below 1 saturates less (adaptive projected guidance)
     momentum: float = 0.0  # of the guidance of earlier steps; -0.5 with parallel 0 is the paper's
     norm: float = 0.0  # longest guidance, as a vector; 0 = any
-    spacing: str | None = None  # None means the model's own
+    spacing: str | None = None  # None means what the sampler's name says ("DPM++ 2M Karras"), or the model's own
     width: int | None = None  # px; None means the size the model was trained at
     height: int | None = None
     batch: int = 16  # images at a time
@@ -149,7 +150,7 @@ class Pipeline:
 
     def steps(self, request: Request) -> int:
         """Steps of each batch: as many as asked for, but for spacing `compvis`, which takes what it can."""
-        return len(self.diffusion.trajectory(request.steps, request.spacing).t) - 1
+        return len(self._levels(request).t) - 1
 
     def stream(self, request: Request) -> Iterator[Step]:
         """The steps of the request, batch after batch, numbered through from 0.
@@ -158,8 +159,7 @@ class Pipeline:
         its result. `decode` turns x, or the estimate x0 for a preview, into pictures. Checks the request at
         once, raising ValueError before any work; the caller may stop whenever it likes.
         """
-        levels = self.diffusion.trajectory(request.steps, request.spacing)
-        return self._steps(request, levels, self._latent_shape(request))
+        return self._steps(request, self._levels(request), self._latent_shape(request))
 
     @torch.inference_mode()
     def decode(self, latent: Tensor) -> Tensor:
@@ -174,7 +174,10 @@ class Pipeline:
         settings: dict[str, Any] = {"Prompt": request.prompts[index], "Negative prompt": request.negative}
         settings |= {"Steps": request.steps, "Sampler": request.sampler}
         settings |= {"CFG scale": request.guidance, "Seed": request.seeds[index], "Size": f"{width}x{height}"}
-        settings |= {"Model": self.name, "Spacing": request.spacing or self.diffusion.spacing}
+        settings |= {
+            "Model": self.name,
+            "Spacing": request.spacing or canonical(request.sampler)[1] or self.diffusion.spacing,
+        }
         settings |= {"Eta": request.eta, "CFG rescale": request.rescale}
         if request.interval is not None:
             settings |= {"CFG interval": f"{request.interval[0]:g}-{request.interval[1]:g}"}
@@ -195,11 +198,14 @@ class Pipeline:
             uncond = self._told_sizes(self._uncond(request.negative), shape)
         for number, start in enumerate(range(0, len(request.prompts), request.batch)):
             batch = slice(start, start + request.batch)
-            noise = ImageNoise(request.seeds[batch], shape)
+            noise = BrownianNoise(request.seeds[batch], shape)
             cond = self._told_sizes(encoded[[row[prompt] for prompt in request.prompts[batch]]], shape)
             denoise = self.diffusion.denoise(self._guided(request, uncond), cond)
-            for step in take(denoise, noise().to(device), levels, noise=noise):
+            for step in take(denoise, noise().to(device), levels, noise=noise, at=self.diffusion.schedule.at_ratio):
                 yield Step(number * (len(levels.t) - 1) + step.index, step.x, step.x0)
+
+    def _levels(self, request: Request) -> NoiseLevel:
+        return self.diffusion.trajectory(request.steps, request.spacing or canonical(request.sampler)[1])
 
     def _guided(self, request: Request, uncond: Conditioning) -> Denoiser:
         """The guided network for one batch: guidance with momentum remembers its steps."""

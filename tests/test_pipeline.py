@@ -314,3 +314,17 @@ GUIDANCE = {
     "whole interval": {"interval": (0.0, 1000.0)},
     "projected": {"parallel": 0.0, "momentum": -0.5, "norm": 15.0},
 }
+
+
+def test_samplers_by_the_names_people_type(pipeline):
+    typed = replace(REQUEST, sampler="DPM++ 2M Karras")
+    ours = replace(REQUEST, sampler="dpmpp_2m", spacing="karras")
+    assert torch.equal(pipeline(typed), pipeline(ours))
+    assert pipeline.settings(typed, 0)["Spacing"] == "karras"
+    with pytest.raises(ValueError, match="did you mean"):
+        replace(REQUEST, sampler="dpm++ 2n")
+
+
+def test_the_list_of_samplers():
+    result = run("--list-samplers")
+    assert result.exit_code == 0 and "dpmpp_2m" in result.output and "karras" in result.output

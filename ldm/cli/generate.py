@@ -16,6 +16,22 @@ if TYPE_CHECKING:
 GRID_IMAGES = 64  # as many as one can look at; the rest are in their files
 
 
+def _list_samplers(asked: bool) -> None:
+    """What --sampler and --spacing know, as a table."""
+    if not asked:
+        return
+    from ldm.diffusion.noise import SPACINGS
+    from ldm.diffusion.samplers import SAMPLERS, traits
+
+    for name in SAMPLERS:
+        known = traits(name)
+        noise = "draws noise" if known.stochastic else f"order {known.order}"
+        calls = f"{known.evaluations} evaluation{'s' if known.evaluations > 1 else ''} a step"
+        typer.echo(f"{name:<18}  {noise:<12}  {calls}")
+    typer.echo(f"spacings: {', '.join(SPACINGS)}")
+    raise typer.Exit
+
+
 def generate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run or model folder, a folder of diffusers, or a file.")
@@ -25,7 +41,7 @@ def generate(
     count: Annotated[int, typer.Option(help="Images per prompt; the k-th uses seed + k.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed and settings draw the same image.")] = 0,
     steps: Annotated[int, typer.Option(help="More is finer and slower.")] = 50,
-    sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler, heun or plms.")] = "ddim",
+    sampler: Annotated[str, typer.Option(help="Such as 'DPM++ 2M Karras'; see --list-samplers.")] = "ddim",
     eta: Annotated[float, typer.Option(help="ddim: share of noise drawn anew each step, 0 to 1.")] = 0.0,
     spacing: Annotated[str, typer.Option(help="Where steps lie, such as karras; else the model's.")] = "",
     guidance: Annotated[float, typer.Option(help="How strictly to follow the prompt; 1 turns it off.")] = 5.0,
@@ -39,6 +55,9 @@ def generate(
     prediction: Annotated[str, typer.Option(help="What the model predicts, against its file: eps, v, x0.")] = "",
     ema: Annotated[bool, typer.Option(help="Averaged weights of a CompVis file that has both.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+    list_samplers: Annotated[
+        bool, typer.Option("--list-samplers", is_eager=True, callback=_list_samplers, help="Samplers and spacings.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the images; nothing in it is overwritten.")] = Path("out"),
 ) -> None:
     """Draw pictures from prompts with a trained model.

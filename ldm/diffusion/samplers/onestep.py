@@ -1,0 +1,302 @@
+"""Samplers that look at the present step alone: DDIM and its kin, Heun, DPM-Solver-2."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.noise import NoiseLevel
+from ldm.diffusion.samplers.base import (
+    At,
+    Noise,
+    Step,
+    accurate,
+    along,
+    eps_of,
+    fresh,
+    mostly_noise,
+    need_at,
+    need_noise,
+    pairs,
+    ratio,
+    split,
+    towards,
+)
+from ldm.types import Denoise
+
+
+@accurate
+def ddim(
+    denoise: Denoise,
+    x: Tensor,
+    levels: NoiseLevel,
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    at: At | None = None,
+) -> Iterator[Step]:
+    """DDIM (Song et al. 2021, eq. 12): remix the estimates of x0 and eps, with some of the eps drawn anew.
+
+    eta 0 is Euler's method for the ODE, first order; eta 1 is ancestral (DDPM). eta > 0 needs `noise`.
+    """
+    if eta > 0:
+        need_noise(f"eta {eta:g}", noise)
+    for index, level, below in pairs(levels):
+        x0 = denoise(x, level)
+        eps = eps_of(x, x0, level)
+        # eq. 16 without the division by alpha, so it also holds at alpha = 0 and for flows: the noise that
+        # `below` has and `level` cannot have inherited from it
+        kept = level.alpha * below.sigma / (below.alpha * level.sigma)
+        added = eta * below.sigma * (1 - kept.square()).clamp(min=0).sqrt()
+        x = below.alpha * x0 + (below.sigma.square() - added.square()).sqrt() * eps
+        if noise is not None and added > 0:
+            x = x + added * fresh(noise, level, below, x)
+        yield Step(index, x, x0)
+
+
+def ddpm(
+    denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: Noise | None = None, at: At | None = None
+) -> Iterator[Step]:
+    """Ancestral sampling with the smaller posterior variance (Ho et al. 2020, eq. 7); needs `noise`."""
+    return ddim(denoise, x, levels, eta=1.0, noise=noise)
+
+
+def euler(
+    denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: Noise | None = None, at: At | None = None
+) -> Iterator[Step]:
+    """Euler's method for the probability-flow ODE dx = x0 dalpha + eps dsigma; first order.
+
+    Because x = alpha * x0 + sigma * eps, x + x0 dalpha + eps dsigma is exactly the DDIM step; on a flow
+    schedule it is x + velocity * dtime, and for x / alpha it is Euler's step in the ratio (Karras et al. 2022).
+    """
+    return ddim(denoise, x, levels)
+
+
+def euler_a(
+    denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: Noise | None = None, at: At | None = None
+) -> Iterator[Step]:
+    """Euler ancestral: Euler's step to less noise than `below` has, the rest drawn anew; needs `noise`.
+
+    In (alpha, sigma) this is Ho et al. 2020, eq. 7, again: the same sampler as `ddpm`.
+    """
+    return ddim(denoise, x, levels, eta=1.0, noise=noise)
+
+
+@accurate
+def heun(
+    denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: Noise | None = None, at: At | None = None
+) -> Iterator[Step]:
+    """Heun's method in the ratio (Karras et al. 2022, algorithm 1); second order, two evaluations but for the last."""
+    for index, level, below in pairs(levels):
+        x0 = denoise(x, level)
+        x = heun_step(denoise, x, x0, level, below)
+        yield Step(index, x, x0)
+
+
+def heun_step(denoise: Denoise, x: Tensor, x0: Tensor, level: NoiseLevel, below: NoiseLevel) -> Tensor:
+    """One step of `heun`, from the estimate of x0 at its start."""
+    guess = towards(x, x0, level, below)
+    if below.sigma == 0 or mostly_noise(level):  # the clean level has no eps to average with
+        return guess
+    eps = eps_of(x, x0, level)
+    eps_below = eps_of(guess, denoise(guess, below), below)
+    return along(x, (eps + eps_below) / 2, level, below)
+
+
+@accurate
+def flow_heun(
+    denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: Noise | None = None, at: At | None = None
+) -> Iterator[Step]:
+    """Heun's method for dx = x0 dalpha + eps dsigma; second order, two evaluations a step but for the last.
+
+    The trapezoid rule of Karras et al. 2022, algorithm 1, in coordinates that are finite at alpha = 0.
+    """
+    for index, level, below in pairs(levels):
+        x0 = denoise(x, level)
+        eps = eps_of(x, x0, level)
+        guess = below.alpha * x0 + below.sigma * eps
+        if below.sigma > 0:  # the clean level has no eps to average with
+            x0_below = denoise(guess, below)
+            eps_below = eps_of(guess, x0_below, below)
+            slope_x0, slope_eps = (x0 + x0_below) / 2, (eps + eps_below) / 2
+            guess = x + (below.alpha - level.alpha) * slope_x0 + (below.sigma - level.sigma) * slope_eps
+        x = guess
+        yield Step(index, x, x0)
+
+
+@accurate
+def dpm2(
+    denoise: Denoise,
+    x: Tensor,
+    levels: NoiseLevel,
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    at: At | None = None,
+) -> Iterator[Step]:
+    """DPM-Solver-2 (Lu et al. 2022a, algorithm 1) as Karras et al. 2022 sample: eps at the middle in log ratio.
+
+    Second order; two evaluations a step but for the last. Needs `at`; eta > 0 is ancestral and needs `noise`.
+    """
+    at = need_at("dpm2_a" if eta else "dpm2", at)
+    if eta > 0:
+        need_noise("dpm2_a", noise)
+    for index, level, below in pairs(levels):
+        x0 = denoise(x, level)
+        down, up = split(level, below, eta)
+        if down.sigma == 0 or mostly_noise(level):
+            x = towards(x, x0, level, down)
+        else:
+            middle = _middle(at, level, down)
+            guess = towards(x, x0, level, middle)
+            x = along(x, eps_of(guess, denoise(guess, middle), middle), level, down)
+        if noise is not None and up > 0:
+            x = x + up * fresh(noise, level, below, x)
+        yield Step(index, x, x0)
+
+
+def dpm2_a(
+    denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: Noise | None = None, at: At | None = None
+) -> Iterator[Step]:
+    """DPM-Solver-2 to less noise than `below` has, the rest drawn anew; needs `at` and `noise`."""
+    return dpm2(denoise, x, levels, eta=1.0, noise=noise, at=at)
+
+
+@accurate
+def dpmpp_2s(
+    denoise: Denoise,
+    x: Tensor,
+    levels: NoiseLevel,
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    at: At | None = None,
+) -> Iterator[Step]:
+    """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1, r = 1/2): x0 at the middle in log-SNR; second order.
+
+    Two evaluations a step but for the last. Needs `at`; eta > 0 is ancestral and needs `noise`.
+    """
+    at = need_at("dpmpp_2s_a" if eta else "dpmpp_2s", at)
+    if eta > 0:
+        need_noise("dpmpp_2s_a", noise)
+    for index, level, below in pairs(levels):
+        x0 = slope = denoise(x, level)
+        down, up = split(level, below, eta)
+        if down.sigma > 0 and level.alpha > 0:
+            middle = _middle(at, level, down)
+            slope = denoise(towards(x, x0, level, middle), middle)
+        x = towards(x, slope, level, down)
+        if noise is not None and up > 0:
+            x = x + up * fresh(noise, level, below, x)
+        yield Step(index, x, x0)
+
+
+def dpmpp_2s_a(
+    denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: Noise | None = None, at: At | None = None
+) -> Iterator[Step]:
+    """DPM-Solver++(2S) to less noise than `below` has, the rest drawn anew; needs `at` and `noise`."""
+    return dpmpp_2s(denoise, x, levels, eta=1.0, noise=noise, at=at)
+
+
+@accurate
+def dpmpp_sde(
+    denoise: Denoise,
+    x: Tensor,
+    levels: NoiseLevel,
+    *,
+    eta: float = 1.0,
+    noise: Noise | None = None,
+    at: At | None = None,
+) -> Iterator[Step]:
+    """DPM-Solver++ for the SDE, single step (Lu et al. 2022b, sec. 5, r = 1/2): x0 at a noised middle.
+
+    Two evaluations a step but for the last. Needs `at` and `noise`.
+    """
+    at, noise = need_at("dpmpp_sde", at), need_noise("dpmpp_sde", noise)
+    for index, level, below in pairs(levels):
+        x0 = slope = denoise(x, level)
+        down, up = split(level, below, eta)
+        if below.sigma == 0 or level.alpha == 0:
+            drawn = fresh(noise, level, below, x) if up > 0 else None
+        else:
+            middle = _middle(at, level, below)
+            half, drawn = _two_draws(noise, level, middle, below, x)
+            middle_down, middle_up = split(level, middle, eta)
+            slope = denoise(towards(x, x0, level, middle_down) + middle_up * half, middle)
+        x = towards(x, slope, level, down)
+        if drawn is not None:
+            x = x + up * drawn
+        yield Step(index, x, x0)
+
+
+@accurate
+def lcm(
+    denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: Noise | None = None, at: At | None = None
+) -> Iterator[Step]:
+    """Multistep consistency sampling (Luo et al. 2023, algorithm 3): the estimate, noised anew; needs `noise`.
+
+    The last step returns the estimate itself, as there, also where the last level still holds some noise.
+    """
+    noise = need_noise("lcm", noise)
+    for index, level, below in pairs(levels):
+        x0 = denoise(x, level)
+        x = x0
+        if index < len(levels.t) - 2:
+            x = below.alpha * x0 + below.sigma * fresh(noise, level, below, x0)
+        yield Step(index, x, x0)
+
+
+@accurate
+def tcd(
+    denoise: Denoise,
+    x: Tensor,
+    levels: NoiseLevel,
+    *,
+    gamma: float = 0.3,
+    noise: Noise | None = None,
+    at: At | None = None,
+) -> Iterator[Step]:
+    """Strategic stochastic sampling (Zheng et al. 2024, algorithm 4): to t' = (1 - gamma) t of `below`, then noise.
+
+    gamma 0 is DDIM, gamma 1 is `lcm`. Needs `at` and `noise`.
+    """
+    at, noise = need_at("tcd", at), need_noise("tcd", noise)
+    for index, level, below in pairs(levels):
+        x0 = denoise(x, level)
+        s = min(_ratio_of_time(at, math.floor((1 - gamma) * float(below.t)), below), ratio(below))
+        up = math.sqrt(max(ratio(below) ** 2 - s**2, 0.0))
+        x = towards(x, x0, level, NoiseLevel(below.t, below.alpha, below.alpha * s))
+        if up > 0:
+            x = x + float(below.alpha) * up * fresh(noise, level, below, x)
+        yield Step(index, x, x0)
+
+
+def _ratio_of_time(at: At, t: float, below: NoiseLevel) -> float:
+    """The highest ratio of that t, its logarithm narrowed down by grids: `at` only leads the other way."""
+    if below.sigma == 0 or float(below.t) <= t:
+        return ratio(below)
+    high = math.log(ratio(below))
+    low = high - 30.0
+    for _ in range(7):
+        grid = torch.linspace(low, high, 129, dtype=torch.float64)
+        above = int((at(grid[:-1].exp()).t <= t).sum())
+        low, high = float(grid[max(above - 1, 0)]), float(grid[above])
+    return math.exp(high)
+
+
+def _middle(at: At, level: NoiseLevel, below: NoiseLevel) -> NoiseLevel:
+    """The level halfway in the logarithm of the ratio."""
+    return at((level.sigma / level.alpha * below.sigma / below.alpha).sqrt())
+
+
+def _two_draws(
+    noise: Noise, level: NoiseLevel, middle: NoiseLevel, below: NoiseLevel, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Noise from `level` to `middle` and from `level` to `below`, of one path: its clock is 1 / ratio^2."""
+    first = fresh(noise, level, middle, x)
+    if hasattr(noise, "between"):
+        return first, fresh(noise, level, below, x)
+    start, halfway, end = (ratio(place) ** -2 for place in (level, middle, below))
+    share = (halfway - start) / (end - start)
+    return first, math.sqrt(share) * first + math.sqrt(1 - share) * fresh(noise, middle, below, x)
