@@ -124,7 +124,7 @@ class Pipeline:
             log.info("%s: %s", model.name, note)
         autoencoder, text, denoiser = (for_cpu(part.to(device).eval()) for part in model.require(*parts))
         try:
-            config = DiffusionConfig(**model.settings["diffusion"])
+            diffusion = Diffusion.from_config(DiffusionConfig(**model.settings["diffusion"]))
             size, null_prompt = model.settings["size"], model.settings["null_prompt"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} was made by another version, its settings do not fit: {error}") from error
@@ -135,7 +135,6 @@ class Pipeline:
                 f"{path}: its denoiser takes {channels} channels and its latents have {latent}: "
                 "it draws into a given picture, which this pipeline cannot ask for yet"
             )
-        diffusion = Diffusion.from_config(config)
         return cls(autoencoder, text, denoiser, diffusion, size=size, null_prompt=null_prompt, name=model.name)
 
     def __call__(self, request: Request, progress: Callable[[int, int], None] | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from ldm.checkpoints.files import commit_file, save_tensors
 from ldm.checkpoints.foreign import read_file
 from ldm.checkpoints.layouts import autoencoder, dit, text, unet, unet_config
 from ldm.checkpoints.layouts.table import Entry, Tensors, to_foreign, to_native
-from ldm.checkpoints.model import KINDS, LoadedModel, build, config_of, from_plain, keys_of, kind_of
+from ldm.checkpoints.model import BROKEN, KINDS, LoadedModel, build, config_of, from_plain, keys_of, kind_of
 from ldm.models.text import TextConfig, TextPairConfig
 
 DENOISER, AUTOENCODER, CONTROL, AVERAGE = "model.diffusion_model.", "first_stage_model.", "control_model.", "model_ema."
@@ -28,6 +28,7 @@ BARE = {  # a component alone in a file: the tensor that gives it away
     "dit.": "y_embedder.embedding_table.weight",
 }
 DIT = "dit."
+LATENT_FACTOR = 8  # of the autoencoder that every published DiT was trained with
 EXTRA = re.compile(
     r"(cond_stage_model|conditioner)\..*(position_ids|logit_scale|attn_mask)|[^.]+|(denoiser|low_scale_model)\.[^.]+"
 )
@@ -65,9 +66,11 @@ def read(
         parts = find_parts(tensors, recorded)
         configs = {part.name: part.config for part in parts}
         settings, notes = facts.settings(configs, tensors, metadata, prediction)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        scale = float(settings.pop("latent_scale", facts.SCALE["sd"]))
+        if not scale > 0:
+            raise ValueError(f"its latent scale is {scale}")
+    except (*BROKEN, ValueError) as error:
         raise ValueError(f"{path} is of no family known here: {error}") from error
-    scale = settings.pop("latent_scale", facts.SCALE["sd"])
     if not parts:
         raise ValueError(f"{path} holds nothing known: its first tensor is {next(iter(tensors))}")
     if ema:
@@ -195,6 +198,8 @@ def averaged(tensors: Tensors, parts: list[Part], source: str) -> Tensors:
     """The file's averaged weights in the place of the denoiser's. CompVis writes their names without dots."""
     result = dict(tensors)
     names = [name for part in parts if part.name == "denoiser" for e in part.table() for name in e.foreign]
+    if not names:
+        raise ValueError(f"{source} has no denoiser, and so no averaged weights of one")
     for name in names:
         average = AVERAGE + name.removeprefix("model.").replace(".", "")
         if average not in tensors:
@@ -229,6 +234,12 @@ def write(model: LoadedModel, path: Path, *, dtype: torch.dtype | None = None) -
             config, native = text.with_last_block(config, native)
             notes += ("a block of zeros stands for the text encoder's last one, which nothing reads",)
         tensors |= to_foreign(table(kind, config, _prefixes(kind, config)), native)
+        if kind == "dit":
+            constants = dit.constants(config, model.settings.get("size", 256) // LATENT_FACTOR)
+            tensors |= {k: v.to(next(iter(native.values())).dtype) for k, v in constants.items()}
+        if kind == "unet":
+            tensors, told = facts.marked(tensors, model.settings.get("diffusion", {}))
+            notes += told
         described[name] = {"kind": kind, "config": asdict(config)}
     if dtype is not None:
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}

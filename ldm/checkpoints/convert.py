@@ -15,6 +15,8 @@ from ldm.names import known
 from ldm.types import Conditioning
 
 FORMATS = ("native", "compvis", "diffusers")
+SAMPLED = ("schedule", "prediction", "beta_start", "beta_end", "shift", "spacing", "zero_snr")
+"""What of the diffusion sampling depends on; the rest is of training alone."""
 LIMIT = 1e-4
 """How far outputs may be apart, relative to the largest: equal weights at other addresses add up in another order."""
 
@@ -40,19 +42,37 @@ def convert(
         raise ValueError(
             f"--to {to} writes a {'.safetensors file' if to == 'compvis' else 'folder'}, not {target.name!r}"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     if textual_inversion.is_one(source):
+        if dtype is not None or ema or prediction:
+            raise ValueError(f"{source} is a textual inversion: it has no --dtype, --ema or --prediction")
         textual_inversion.write(textual_inversion.read(source), target, to)
         return ()
     model = load_model(source, prediction=prediction, ema=ema, dtype=dtype)
     stage = target.parent / f".check-{target.name}"
     try:
         notes = write(model, stage, to)
-        check(model, load_model(stage), exact=not notes)
+        again = load_model(stage)
+        check(model, again, exact=not notes)
         stage.rename(target)
     finally:
         shutil.rmtree(stage, ignore_errors=True) if stage.is_dir() else stage.unlink(missing_ok=True)
-    return model.notes + notes
+    return model.notes + notes + lost(model, again)
+
+
+def lost(model: LoadedModel, again: LoadedModel) -> tuple[str, ...]:
+    """A note for each thing that the format did not keep."""
+    notes = []
+    for key in ("size", "null_prompt", "diffusion") if "diffusion" in model.settings else ():
+        before, after = model.settings.get(key), again.settings.get(key)
+        if key == "diffusion" and isinstance(before, dict) and isinstance(after, dict):
+            before = {k: v for k, v in before.items() if k in SAMPLED}
+            after = {k: after.get(k, v) for k, v in before.items()}
+        if before is not None and before != after:
+            notes.append(f"the format does not keep {key}: {before!r}")
+    missing = [name for name in model.extra if name not in again.extra and name not in ("v_pred", "ztsnr")]
+    if missing:
+        notes.append(f"{len(missing)} tensors that no component uses were left out, such as {missing[0]}")
+    return tuple(notes)
 
 
 def write(model: LoadedModel, target: Path, to: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from ldm.checkpoints.files import commit, read_json, read_tensors, save_tensors,
 from ldm.checkpoints.foreign import read_component
 from ldm.checkpoints.layouts import autoencoder, dit, mmdit, scheduler, text, unet, unet_config
 from ldm.checkpoints.layouts.table import Entry, Tensors, to_foreign, to_native
-from ldm.checkpoints.model import LoadedModel, build, config_of, keys_of, kind_of
+from ldm.checkpoints.model import BROKEN, LoadedModel, build, config_of, keys_of, kind_of
 from ldm.models.text import TextConfig, TextPair, TextPairConfig, clip_vocabulary
 from ldm.models.transformers_text import TransformersText
 
@@ -38,7 +38,7 @@ def read(path: Path, names: Sequence[str] | None = None, *, dtype: torch.dtype |
     """A pipeline's folder or a component's. Raises ValueError naming the file and the reason."""
     try:
         return _read(path, names, dtype)
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:  # JSON of another shape than theirs
+    except BROKEN as error:  # JSON of another shape than theirs
         raise ValueError(
             f"{path} is no folder of diffusers that can be read: {type(error).__name__} {error}"
         ) from error
@@ -68,16 +68,35 @@ def _component(folder: Path, dtype: torch.dtype | None) -> tuple[str, nn.Module]
     if kind == "AutoencoderKL":
         return "autoencoder", _autoencoder(folder, words, source, dtype)
     if kind in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-        clip = text.from_transformers(words, source, pad_id=_pad_id(folder.parent / "tokenizer"))
+        tokenizer = _tokenizer_beside(folder, "vocab.json") or folder
+        _check_vocabulary(tokenizer)
+        clip = text.from_transformers(words, source, pad_id=_pad_id(tokenizer))
         return "text", build("text", *_clip(folder, clip), str(folder), dtype=dtype)
     if kind in TEXT_ENCODERS:
-        tokenizer = next((f for f in (folder, folder.parent / "tokenizer") if (f / "tokenizer.json").is_file()), folder)
-        encoder = TransformersText.from_folder(folder, tokenizer, CONTEXT_LENGTH)
-        return "text", encoder if dtype is None else encoder.to(dtype)
+        return "text", _transformers_text(folder, words, dtype)
     name, ours, config, table = _network(kind, words, source)
     tensors = {k: v for k, v in read_component(folder, WEIGHTS).items() if k not in (*dit.IGNORED, *mmdit.IGNORED)}
     native = to_native(table, tensors, str(folder))
     return name, build(ours, config, native, str(folder), dtype=dtype)
+
+
+def _transformers_text(folder: Path, words: dict[str, Any], dtype: torch.dtype | None) -> nn.Module:
+    tokenizer = _tokenizer_beside(folder, "tokenizer.json")
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer.json, nor a tokenizer folder with one beside it")
+    contents = (tokenizer / "tokenizer.json").read_text(encoding="utf-8")
+    config = TransformersText.config_of(words, contents, CONTEXT_LENGTH)
+    tensors = {f"encoder.{name}": tensor for name, tensor in read_component(folder, "model").items()}
+    for name, owner in TransformersText(config).tied().items():  # a file has one name for tied weights
+        known = next((n for n in (name, owner) if n in tensors), None)
+        if known is not None:
+            tensors[name] = tensors[owner] = tensors[known]
+    return build("transformers_text", config, tensors, str(folder), dtype=dtype)
+
+
+def _tokenizer_beside(folder: Path, file: str) -> Path | None:
+    """Where a lone text encoder's tokenizer is: in its own folder, or in `tokenizer` beside it."""
+    return next((place for place in (folder, folder.parent / "tokenizer") if (place / file).is_file()), None)
 
 
 def _network(kind: str, words: dict[str, Any], source: str) -> tuple[str, str, Any, list[Entry]]:
@@ -102,8 +121,12 @@ def _autoencoder(folder: Path, words: Mapping[str, Any], source: str, dtype: tor
     tensors = {autoencoder.modern(k): v for k, v in read_component(folder, WEIGHTS).items()}
     native = to_native(autoencoder.diffusers(config, keys_of("autoencoder", config)), tensors, str(folder))
     shape = (config.latent_channels, 1, 1)
+    scale = words.get("scaling_factor", autoencoder.SCALING_FACTOR)
     native["latent_mean"] = torch.full(shape, words.get("shift_factor") or 0.0)
-    native["latent_std"] = torch.full(shape, 1 / words.get("scaling_factor", autoencoder.SCALING_FACTOR))
+    native["latent_std"] = torch.full(shape, 1 / scale)
+    if words.get("latents_mean") and words.get("latents_std"):  # raw = latent * std / scale + mean
+        native["latent_mean"] = torch.tensor(words["latents_mean"]).view(shape)
+        native["latent_std"] = torch.tensor(words["latents_std"]).view(shape) / scale
     return build("autoencoder", config, native, str(folder), dtype=dtype)
 
 
@@ -166,7 +189,12 @@ def _settings(path: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], tup
     factor = (
         2 ** (len(read_json(path / "vae" / "config.json")["block_out_channels"]) - 1) if (path / "vae").is_dir() else 1
     )
-    zeros = index.get("force_zeros_for_empty_prompt", False)
+    xl = str(index.get("_class_name", "")).startswith("StableDiffusionXL")
+    zeros = index.get("force_zeros_for_empty_prompt", xl)  # the library's default
+    if not isinstance(size, int | None):
+        raise ValueError(f"{path}: sample_size {size!r} must be one number")
+    if (path / "text_encoder_3").is_dir():
+        notes += ("its three text encoders are left out: that is not known here",)
     settings = {"size": (size or 64) * factor, "null_prompt": None if zeros else "", "diffusion": diffusion}
     return settings, notes
 
@@ -186,6 +214,10 @@ def write(model: LoadedModel, folder: Path, *, dtype: torch.dtype | None = None)
     for name, module in model.components.items():
         files |= _files(name, module, size // _factor(model), size, notes)
     whole = {"autoencoder", "text", "denoiser"} <= set(model.components)
+    if not whole and len(model.components) > 1:
+        raise ValueError(
+            f"a folder of diffusers is a whole pipeline or one component, not {', '.join(model.components)}"
+        )
     if whole:
         files |= {
             "scheduler/scheduler_config.json": scheduler.to_diffusers(model.settings["diffusion"]),
@@ -284,14 +316,13 @@ def _text_files(config: TextConfig, state: Tensors, suffix: str, *, whole: bool 
 
 def _index(model: LoadedModel) -> dict[str, Any]:
     pair = isinstance(model.components["text"], TextPair)
-    unet_class = "UNet2DConditionModel"
     if kind_of(model.components["denoiser"]) != "unet":
         raise ValueError("a pipeline of diffusers with a text encoder of ours needs a U-Net; convert the parts alone")
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline" if pair else "StableDiffusionPipeline",
         "_diffusers_version": VERSION,
         "vae": ["diffusers", "AutoencoderKL"],
-        "unet": ["diffusers", unet_class],
+        "unet": ["diffusers", "UNet2DConditionModel"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", scheduler.class_of(model.settings["diffusion"])],

@@ -1,6 +1,7 @@
 """What a single file leaves open about its model, told by explicit rules."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,12 +33,16 @@ def settings(
     Returns the settings, with the `latent_scale` of its autoencoder, and a note for each thing that is a rule and
     not in the file. `prediction` overrides what is found. Raises ValueError for an unknown noise schedule.
     """
+    if any(name.startswith("edm_") for name in tensors):
+        raise ValueError("it is marked as trained by EDM's formulation (edm_...), which is not known here")
     if found := recorded(metadata).get("settings"):
         if prediction and "diffusion" in found:
             found["diffusion"] |= {"prediction": prediction}
         return found, ()
     denoiser = configs.get("denoiser")
     if isinstance(denoiser, DiTConfig):
+        positions = tensors.get("dit.pos_embed")
+        size = 256 if positions is None else math.isqrt(positions.shape[1]) * denoiser.patch * 8
         linear = {
             "schedule": "linear",
             "beta_start": 1e-4,
@@ -45,7 +50,7 @@ def settings(
             "prediction": "eps",
             "spacing": "trailing",
         }
-        return {"size": 256, "diffusion": linear}, ("predicts eps, linear betas: the rule for DiT",)
+        return {"size": size, "diffusion": linear}, ("predicts eps, linear betas: the rule for DiT",)
     if not isinstance(denoiser, UNetConfig):
         rule = f"latent scale {SCALE['sd']}: the rule for a file without a U-Net"
         return {"size": 256, "latent_scale": SCALE["sd"]}, (rule,) if "autoencoder" in configs else ()
@@ -76,6 +81,8 @@ def _prediction(
     if given:
         return given, "as asked for"
     stated = str(metadata.get("modelspec.prediction_type", "")).lower()
+    if stated and not stated.startswith(("v", "eps")):
+        raise ValueError(f"its metadata say that it predicts {stated!r}, which is not known here")
     if stated:
         return ("v" if stated.startswith("v") else "eps"), "stated in the file's metadata"
     if "768-v" in str(metadata.get("modelspec.architecture", "")):
@@ -104,6 +111,19 @@ def _schedule(tensors: Tensors, family: str) -> tuple[str, float, float]:
     raise ValueError(f"its noise schedule of {len(betas)} betas from {start:g} to {end:g} is not known here")
 
 
+def marked(tensors: Tensors, diffusion: Mapping[str, Any]) -> tuple[Tensors, tuple[str, ...]]:
+    """The tensors with the empty ones that tell programs of v-prediction and zero SNR, and notes on what has none."""
+    kept = {name: tensor for name, tensor in tensors.items() if name not in ("v_pred", "ztsnr")}
+    if diffusion.get("prediction") == "v":
+        kept["v_pred"] = torch.zeros(0)
+    if diffusion.get("zero_snr"):
+        kept["ztsnr"] = torch.zeros(0)
+    schedule, prediction = diffusion.get("schedule", "scaled_linear"), diffusion.get("prediction", "eps")
+    if schedule == "scaled_linear" and prediction in ("eps", "v"):
+        return kept, ()
+    return kept, (f"other programs do not know {schedule} with prediction {prediction} and would read this as eps",)
+
+
 def latent_scale(denoiser: nn.Module | None) -> float:
     """What programs that read such a file multiply raw latents with."""
     config = getattr(denoiser, "config", None)
@@ -118,6 +138,8 @@ def modelspec(denoiser: nn.Module | None, found: Mapping[str, Any], title: str) 
     """Metadata by the ModelSpec standard 1.0.1, for the published architectures; empty for any other."""
     config = getattr(denoiser, "config", None)
     if not isinstance(config, UNetConfig) or config.channels != 320:
+        return {}
+    if not {"diffusion", "size"} <= found.keys():
         return {}
     predicts, size = found["diffusion"]["prediction"], found["size"]
     second = "stable-diffusion-v2-768-v" if predicts == "v" else "stable-diffusion-v2-512"

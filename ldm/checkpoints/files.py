@@ -69,6 +69,8 @@ def verify(folder: Path) -> None:
     if not isinstance(manifest, dict):
         raise ValueError(f"{manifest_path} is damaged: it does not hold a table of files")
     for name, entry in manifest.items():
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys() or ".." in Path(name).parts:
+            raise ValueError(f"{manifest_path} is damaged: its entry for {name!r} is not one")
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{folder} is incomplete: {name} is missing")

@@ -36,10 +36,15 @@ def read_component(folder: Path, stem: str) -> dict[str, Tensor]:
 
     Raises ValueError, naming the folder, if there is none.
     """
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem.replace('model', 'pytorch_model')}.bin"):
+    pickled = stem if "pytorch" in stem else stem.replace("model", "pytorch_model")
+    for name, listed in (
+        (f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
+        (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"),
+        (f"{pickled}.bin", f"{pickled}.bin.index.json"),
+    ):
         if (folder / name).is_file():
             return read_file(folder / name)[0]
-        index = folder / f"{name}.index.json"
+        index = folder / listed
         if index.is_file():
             parts = sorted(set(read_json(index)["weight_map"].values()))
             if any(Path(part).name != part for part in parts):
@@ -67,7 +72,16 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
         reason = reason.split("was not")[0].strip() or "it asks for more than tensors and plain containers"
         raise ValueError(f"{path} is refused, nothing in it was run: {reason}") from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        AssertionError,
+    ) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a table of tensors")
@@ -75,6 +89,9 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: its state_dict is a {type(state).__name__}, not a table of tensors")
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
+    if sum(t.numel() * t.element_size() for t in tensors.values()) > 2 * sum(stored.values()) + 2**20:
+        raise ValueError(f"{path} is refused: its tensors are far larger than what it holds of them")
     metadata = {k: v for k, v in content.items() if isinstance(v, str | int | float)}
     # Textual inversions keep their tensors one level down.
     metadata |= {k: v for k, v in content.items() if k in ("string_to_token", "string_to_param")}

@@ -18,7 +18,7 @@ from ldm.checkpoints.files import (
     verify,
     write_json,
 )
-from ldm.checkpoints.model import KINDS, LoadedModel, build, from_plain, kind_of
+from ldm.checkpoints.model import BROKEN, KINDS, LoadedModel, build, from_plain, kind_of
 
 FORMAT = 1
 
@@ -70,7 +70,10 @@ def load_model(
     if ema and format_of(found) != "compvis":
         raise ValueError(f"{found}: only a single file of CompVis keeps averaged weights beside the others")
     if format_of(found) == "native":
-        model = _load_native(found, names, dtype)
+        try:
+            model = _load_native(found, names, dtype)
+        except BROKEN as error:  # JSON of another shape than ours
+            raise ValueError(f"{found} is no model folder of ours: {type(error).__name__} {error}") from error
     elif format_of(found) == "diffusers":
         model = diffusers.read(found, names, dtype=dtype)
     else:
@@ -85,6 +88,8 @@ def _load_native(folder: Path, names: Sequence[str] | None, dtype: torch.dtype |
     if description.get("format") != FORMAT:
         raise ValueError(f"{folder}/model.json has format {description.get('format')}; this reads {FORMAT}")
     wanted = [n for n in description["components"] if names is None or n in names]
+    if any(Path(n).name != n for n in wanted):
+        raise ValueError(f"{folder}/model.json names files outside its folder")
     components = {name: load_component(folder / f"{name}.safetensors", dtype) for name in wanted}
     extra = read_tensors(folder / "extra.safetensors")[0] if (folder / "extra.safetensors").is_file() else {}
     return LoadedModel(components, description["settings"], description["name"], folder, extra)

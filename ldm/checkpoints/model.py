@@ -56,6 +56,11 @@ class LoadedModel:
         return [self.components[n] for n in names]
 
 
+BROKEN = (KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError, AssertionError, OverflowError)
+"""What reading JSON or metadata of an unforeseen shape raises."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def kind_of(module: nn.Module) -> str:
     """The word in `KINDS` for a component."""
     return next(kind for kind, (module_class, _) in KINDS.items() if type(module) is module_class)
@@ -80,6 +85,11 @@ def build(
     types = {tensors[name].dtype for name, p in module.named_parameters() if name in tensors and p.is_floating_point()}
     if dtype is None and len(types) > 1:
         raise ValueError(f"{source} mixes {' and '.join(sorted(map(str, types)))}; choose one with --dtype")
+    other = [name for name, t in tensors.items() if t.dtype not in FLOATS]
+    if other and other[0] in dict(module.named_parameters()):
+        raise ValueError(
+            f"{source}: {other[0]} is {tensors[other[0]].dtype}; known are float16, bfloat16, float32, float64"
+        )
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
         raise ValueError(f"{source} holds NaN or infinity, first in {bad[0]}")

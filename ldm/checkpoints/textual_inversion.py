@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.checkpoints import facts
 from ldm.checkpoints.files import commit_file, save_tensors
 from ldm.checkpoints.foreign import FILES, read_file
 
@@ -33,7 +34,8 @@ def is_one(path: Path) -> bool:
         tensors, metadata = read_file(path)
     except ValueError:
         return False
-    few = len(tensors) <= 2 and all(1 <= t.ndim <= 2 for t in tensors.values())
+    tables = set(tensors) == set(PAIR) or len(tensors) == 1
+    few = tables and all(1 <= t.ndim <= 2 for t in tensors.values())
     named = {SINGLE, "*", *PAIR} & tensors.keys() or "string_to_token" in metadata
     return bool(few and (named or (len(tensors) == 1 and "." not in next(iter(tensors)))))
 
@@ -46,8 +48,8 @@ def read(path: Path) -> TextualInversion:
     """
     if not is_one(path):
         raise ValueError(f"{path} is no textual inversion: it is not one or two tables of token vectors")
-    tensors, _ = read_file(path)
-    word = path.stem
+    tensors, metadata = read_file(path)
+    word = facts.recorded(metadata).get("word", path.stem)
     if set(PAIR) <= tensors.keys():
         found = [tensors[name] for name in PAIR]
     else:

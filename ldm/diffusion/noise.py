@@ -141,6 +141,8 @@ class DiscreteSchedule:
         return _preserving(t, 1 / (1 + ratio.square()))
 
     def _by_ratio(self, spacing: Spacing, steps: int, name: str) -> NoiseLevel:
+        if len(self.alpha_bar) < 2:
+            raise ValueError(f"spacing {name!r} needs a schedule of at least 2 levels")
         if self.alpha_bar[-1] <= 0:
             raise ValueError(f"spacing {name!r} needs signal at the noisiest level; with zero_snr use trailing")
         ratio = ((1 - self.alpha_bar[[0, -1]]) / self.alpha_bar[[0, -1]]).sqrt()
@@ -255,6 +257,8 @@ def discrete(kind: str, steps: int, beta_start: float, beta_end: float) -> Discr
 
 def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
     """The schedule with its last level moved to pure noise, its first kept (Lin et al. 2024, algorithm 1)."""
+    if len(schedule.alpha_bar) < 2:
+        raise ValueError("zero_snr needs a schedule of at least 2 levels")
     signal = schedule.alpha_bar.sqrt()
     first, last = signal[0], signal[-1]
     return DiscreteSchedule(((signal - last) * first / (first - last)).square())

@@ -3,13 +3,23 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.models.text import import_open_clip
 from ldm.types import Conditioning
+
+MODELS = ("t5", "umt5", "bert", "roberta", "xlm-roberta")
+RUNS_CODE = (
+    "auto_map",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "quantization_config",
+)
+"""Keys of a configuration that can make the library fetch or run something."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,20 @@ class TransformersText(nn.Module):
         from transformers import AutoConfig, AutoModelForTextEncoding
 
         architecture = json.loads(config.architecture)
-        # Its buffers outside the state dict must be real also when the model is built on the meta device.
-        with torch.device("cpu"):
-            self.encoder = AutoModelForTextEncoding.from_config(AutoConfig.for_model(**architecture))
-        self.tokenizer = Tokenizer.from_str(config.tokenizer)
+        if architecture.get("model_type") not in MODELS:
+            raise ValueError(
+                f"a text encoder of transformers is one of {', '.join(MODELS)}, not {architecture.get('model_type')!r}"
+            )
+        architecture = {k: v for k, v in architecture.items() if k not in RUNS_CODE}
+        try:
+            # Its buffers outside the state dict must be real also when the model is built on the meta device.
+            with torch.device("cpu"):
+                self.encoder = AutoModelForTextEncoding.from_config(
+                    AutoConfig.for_model(**architecture), trust_remote_code=False
+                )
+            self.tokenizer = Tokenizer.from_str(config.tokenizer)
+        except Exception as error:  # the libraries have errors of their own, also plain ones
+            raise ValueError(f"no text encoder can be made of this configuration: {error}") from error
         self.tokenizer.enable_truncation(config.context_length)
         self.tokenizer.enable_padding(length=config.context_length, pad_id=config.pad_id)
         entries = self.tokenizer.get_vocab_size()
@@ -48,27 +68,21 @@ class TransformersText(nn.Module):
         if not rows // 2 <= entries <= rows:
             raise ValueError(f"the tokenizer has {entries} entries and the text encoder {rows} rows: not a pair")
 
-    @classmethod
-    def from_folder(cls, folder: Path, tokenizer: Path, context_length: int) -> "TransformersText":
-        """From a transformers folder with config.json and safetensors, and one with a tokenizer.json."""
-        import_open_clip()
-        from transformers import AutoConfig, AutoModelForTextEncoding
+    @staticmethod
+    def config_of(architecture: dict[str, Any], tokenizer: str, context_length: int) -> TransformersTextConfig:
+        """From the contents of config.json and tokenizer.json."""
+        kept = {k: v for k, v in architecture.items() if k not in RUNS_CODE}
+        return TransformersTextConfig(json.dumps(kept), tokenizer, context_length, kept.get("pad_token_id") or 0)
 
-        file = tokenizer / "tokenizer.json"
-        if not file.is_file():
-            raise ValueError(f"{tokenizer} has no tokenizer.json; save its tokenizer with transformers 5 first")
-        architecture = AutoConfig.from_pretrained(folder, local_files_only=True)
-        config = TransformersTextConfig(
-            architecture.to_json_string(use_diff=False),
-            file.read_text(encoding="utf-8"),
-            context_length,
-            architecture.pad_token_id or 0,
-        )
-        module = cls(config)
-        module.encoder = AutoModelForTextEncoding.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype="auto"
-        )
-        return module.eval()
+    def tied(self) -> dict[str, str]:
+        """Names of tensors that are others' under a second name -> those others'."""
+        owners: dict[int, str] = {}
+        state = self.state_dict()
+        return {
+            name: owners.setdefault(id(t), name)
+            for name, t in self.named_parameters(remove_duplicate=False)
+            if name in state
+        }
 
     @property
     def context_dim(self) -> int:

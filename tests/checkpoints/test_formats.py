@@ -433,7 +433,9 @@ def test_textual_inversions(to: str, tmp_path: Path) -> None:
         convert.convert(tmp_path / name, target, to)
         again = textual_inversion.read(target)
         assert all(torch.equal(a, b) for a, b in zip(again.vectors, tensors, strict=True))
-        assert again.word == (word if to == "diffusers" and len(tensors) == 1 else target.stem)
+        assert again.word == word
+    with pytest.raises(ValueError, match="no --dtype"):
+        convert.convert(tmp_path / "cat.pt", tmp_path / "half.safetensors", to, dtype=torch.float16)
     with pytest.raises(ValueError, match="safetensors"):
         convert.convert(tmp_path / "cat.pt", tmp_path / "cat2.pt", to)
     save_file({"emb_params": vectors * float("nan")}, tmp_path / "bad.safetensors")
@@ -518,3 +520,79 @@ def test_the_refiner_is_not_taken_for_the_base(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="refiner"):
         load_model(tmp_path / "folder")
+
+
+def test_what_a_format_does_not_keep_is_said(tmp_path: Path) -> None:
+    model = make("sd1")
+    model.settings["null_prompt"] = "photo"
+    notes = convert.convert(stored(model, tmp_path / "a"), tmp_path / "folder", "diffusers")
+    assert notes == ("the format does not keep null_prompt: 'photo'",)
+    flow = make("sd1")
+    flow.settings["diffusion"] = {"schedule": "flow", "prediction": "flow", "shift": 2.0, "spacing": "trailing"}
+    (note,) = convert.convert(stored(flow, tmp_path / "b"), place(tmp_path, "compvis"), "compvis")
+    assert "would read this as eps" in note
+    marked = make("sd2")
+    marked.settings["diffusion"]["zero_snr"] = True
+    convert.convert(stored(marked, tmp_path / "c"), place(tmp_path, "compvis", "c"), "compvis")
+    assert {"v_pred", "ztsnr"} <= load_file(place(tmp_path, "compvis", "c")).keys()
+
+
+def test_a_model_folder_that_was_tampered_with(tmp_path: Path) -> None:
+    folder = stored(make("autoencoder"), tmp_path / "model")
+    description = json.loads((folder / "model.json").read_text())
+    for content, reason in (
+        (description | {"components": ["../other/autoencoder"]}, "outside"),
+        ({"format": 1}, "no model folder of ours"),
+    ):
+        with commit(tmp_path / "again") as stage:
+            (stage / "model.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=reason):
+            load_model(tmp_path / "again")
+    (folder / "manifest.json").write_text('{"model.json": 5}')
+    with pytest.raises(ValueError, match="damaged"):
+        load_model(folder)
+
+
+def test_small_pickles_that_grow_and_marks_of_others(tmp_path: Path) -> None:
+    torch.save(
+        {"state_dict": {"input_hint_block.0.weight": torch.zeros(1).expand(30_000, 30_000)}}, tmp_path / "a.ckpt"
+    )
+    with pytest.raises(ValueError, match="far larger"):
+        load_model(tmp_path / "a.ckpt")
+    path = place(tmp_path, "compvis")
+    compvis.write(make("sdxl", channels=64), path)
+    save_file(load_file(path) | {"edm_mean": torch.zeros(4)}, path)
+    with pytest.raises(ValueError, match="EDM"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ({"_class_name": "EDMEulerScheduler", "sigma_min": 0.002}, "not known"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "not known"),
+        ({"prediction_type": "nonsense"}, "not known"),
+    ],
+)
+def test_schedulers_that_are_not_known(words: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    diffusers.write(make("sd1"), tmp_path / "folder")
+    file = tmp_path / "folder/scheduler/scheduler_config.json"
+    file.write_text(json.dumps(words))
+    with pytest.raises(ValueError, match=reason):
+        load_model(tmp_path / "folder")
+
+
+def test_old_pytorch_files_in_a_folder(tmp_path: Path) -> None:
+    model = make("sd1")
+    diffusers.write(model, tmp_path / "folder")
+    for place_, old in (("unet", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")):
+        (file,) = (tmp_path / "folder" / place_).glob("*.safetensors")
+        torch.save(load_file(file), file.with_name(old))
+        file.unlink()
+    same(model, load_model(tmp_path / "folder"))
+
+
+def test_a_lone_text_encoder_keeps_its_padding(tmp_path: Path) -> None:
+    text = LoadedModel({"text": TextEncoder(replace(OPEN_CLIP, skip=0)).eval()}, {}, "text", Path("text"))
+    convert.convert(stored(text, tmp_path / "a"), tmp_path / "folder", "diffusers")
+    assert config_of(load_model(tmp_path / "folder").components["text"]).pad_id == 0

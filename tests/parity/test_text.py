@@ -1,5 +1,6 @@
 """Text encoders against transformers and open_clip with random weights."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from ldm.checkpoints.layouts import text as layout
 from ldm.checkpoints.layouts.table import Entry, to_native
+from ldm.checkpoints.load import load_model
 from ldm.models.text import TextConfig, TextEncoder, TextPair, TextPairConfig, import_open_clip
 from ldm.models.transformers_text import TransformersText
 from tests.parity.reference import LIMIT, converted, error, randomised
@@ -116,19 +118,51 @@ def test_any_encoder_of_transformers(tmp_path: Path) -> None:
     config = T5Config(vocab_size=10, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, pad_token_id=0)
     reference = randomised(T5EncoderModel(config))
     reference.save_pretrained(tmp_path)
-    ours = TransformersText.from_folder(tmp_path, tmp_path, context_length=6)
+    (ours,) = load_model(tmp_path).require("text")
     prompts = ["a red circle", "blue"]
     cond = ours(prompts)
-    ids = torch.tensor([[3, 4, 5, 0, 0, 0], [6, 0, 0, 0, 0, 0]])
+    ids = torch.zeros(2, 77, dtype=torch.long)
+    ids[0, :3], ids[1, 0] = torch.tensor([3, 4, 5]), 6
     assert torch.equal(ours.tokenize(prompts)[0], ids)
     assert cond.mask is not None and torch.equal(cond.mask, ids > 0)
     assert error(cond.context, reference(ids, attention_mask=ids > 0).last_hidden_state) <= 1e-5
     again = TransformersText(ours.config).eval()
     again.load_state_dict(ours.state_dict())
     assert torch.equal(again(prompts).context, cond.context)
-    Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="2 entries"):
-        TransformersText.from_folder(tmp_path, tmp_path, context_length=6)
+
+
+T5 = dict(vocab_size=10, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, pad_token_id=0)
+
+
+@pytest.mark.parametrize("how", ["missing", "unknown", "NaN", "truncated", "tokenizer", "code", "model"])
+def test_a_spoiled_encoder_of_transformers_is_refused(how: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from tokenizers import Tokenizer, models
+    from transformers import T5Config, T5EncoderModel
+
+    words = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "circle"])}
+    Tokenizer(models.WordLevel(words, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
+    T5EncoderModel(T5Config(**T5)).save_pretrained(tmp_path)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    tensors = load_file(file)
+    key = next(k for k in tensors if k.endswith("SelfAttention.q.weight"))
+    spoiled = {"missing": {k: v for k, v in tensors.items() if k != key}, "unknown": tensors | {"x": torch.ones(2)}}
+    spoiled["NaN"] = tensors | {key: tensors[key] * float("nan")}
+    if how in spoiled:
+        save_file(spoiled[how], file)
+    elif how == "truncated":
+        file.write_bytes(file.read_bytes()[:-50])
+    elif how == "tokenizer":
+        Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
+    elif how == "code":  # neither asked for nor run
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "evil.Evil"}}))
+        assert load_model(tmp_path).components["text"]
+        return
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
+    with pytest.raises(ValueError) as told:
+        load_model(tmp_path)
+    assert "\n" not in str(told.value)
 
 
 def test_a_lost_tensor_is_named() -> None:

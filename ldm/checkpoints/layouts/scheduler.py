@@ -5,6 +5,7 @@ from typing import Any
 
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+KARRAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 FLOW = "FlowMatchEulerDiscreteScheduler"
 
 
@@ -20,6 +21,8 @@ def from_diffusers(words: Mapping[str, Any] | None, source: str) -> tuple[dict[s
     if words is None:
         words = DEFAULT | {"set_alpha_to_one": False}
         notes.append(f"there is no {source}: Stable Diffusion's noise schedule, predicting eps, is the rule")
+    if words.get("use_dynamic_shifting") or {"sigma_data", "sigma_min"} & words.keys():
+        raise ValueError(f"{source}: the noise of {words.get('_class_name', 'this scheduler')} is not known here")
     if str(words.get("_class_name", "")).startswith("FlowMatch"):
         return {"schedule": "flow", "prediction": "flow", "shift": words.get("shift", 1.0), "spacing": "trailing"}, ()
     schedule, predicts = words.get("beta_schedule", "linear"), words.get("prediction_type", "epsilon")
@@ -28,6 +31,10 @@ def from_diffusers(words: Mapping[str, Any] | None, source: str) -> tuple[dict[s
     spacing = words.get("timestep_spacing", "leading")
     if spacing == "leading" and (words.get("steps_offset", 0) != 1 or words.get("set_alpha_to_one", True)):
         notes.append("sampling steps start at offset 1 and end at the first noise level, as Stable Diffusion's do")
+    for key, ours in KARRAS.items():
+        spacing = ours if words.get(key) else spacing
+    if words.get("thresholding") or (words.get("clip_sample") and schedule == "linear"):
+        notes.append("its own sampler clips the estimate of the picture; that is not done here")
     return {
         "schedule": SCHEDULES[schedule],
         "train_steps": words.get("num_train_timesteps", 1000),
@@ -52,8 +59,13 @@ def to_diffusers(diffusion: Mapping[str, Any]) -> dict[str, Any]:
         if diffusion["prediction"] != "flow":
             raise ValueError(f"diffusers knows flow schedules with prediction flow, not {diffusion['prediction']}")
         return {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": diffusion.get("shift", 1.0)}
+    if diffusion["schedule"] not in schedules:
+        raise ValueError(
+            f"diffusers knows noise schedules {', '.join(schedules)} and flow, not {diffusion['schedule']}"
+        )
     if diffusion["prediction"] not in predictions:
         raise ValueError(f"diffusers knows predictions {', '.join(predictions)}, not {diffusion['prediction']}")
+    spacing = diffusion.get("spacing", "trailing")
     return {
         "_class_name": class_of(diffusion),
         "num_train_timesteps": diffusion.get("train_steps", 1000),
@@ -61,9 +73,9 @@ def to_diffusers(diffusion: Mapping[str, Any]) -> dict[str, Any]:
         "beta_start": diffusion.get("beta_start", 0.00085),
         "beta_end": diffusion.get("beta_end", 0.012),
         "prediction_type": predictions[diffusion["prediction"]],
-        "timestep_spacing": diffusion.get("spacing", "trailing"),
-        "steps_offset": 1 if diffusion.get("spacing") == "leading" else 0,
-        "set_alpha_to_one": diffusion.get("spacing") != "leading",
+        "timestep_spacing": spacing if spacing in ("leading", "trailing", "linspace") else "trailing",
+        "steps_offset": 1 if spacing == "leading" else 0,
+        "set_alpha_to_one": spacing != "leading",
         "clip_sample": False,
         "rescale_betas_zero_snr": diffusion.get("zero_snr", False),
     }

@@ -27,6 +27,7 @@ FIXED: dict[str, tuple[Any, ...]] = {  # what we do not vary: the values that me
     "encoder_hid_dim_type": (None,),
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
+    "global_pool_conditions": (False,),
     "mid_block_only_cross_attention": (None, False),
     "mid_block_scale_factor": (1,),
     "norm_eps": (1e-5,),
@@ -114,6 +115,8 @@ def from_diffusers(config: Mapping[str, Any], source: str) -> UNetConfig:
         raise ValueError(f"{source}: down_block_types {', '.join(sorted(unknown))} are not supported")
     if plain and config.get("resnet_time_scale_shift") == "scale_shift" and not config.get("attn_norm_num_groups"):
         raise ValueError(f"{source}: a scale-shift UNet2DModel without attn_norm_num_groups is not supported")
+    if plain and config.get("attn_norm_num_groups") not in (None, config["norm_num_groups"]):
+        raise ValueError(f"{source}: attn_norm_num_groups must be norm_num_groups, {config['norm_num_groups']}")
     depths = _list(config.get("transformer_layers_per_block", 1), levels)
     cross = _list(config.get("only_cross_attention", False), levels)
     head_dim, heads = _heads(config, widths, plain, source)
