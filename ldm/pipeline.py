@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -237,13 +237,11 @@ class Pipeline:
         return self._encode([""], 1).map(lambda v: torch.zeros_like(v) if v.is_floating_point() else v)
 
     def _told_sizes(self, cond: Conditioning, shape: tuple[int, ...]) -> Conditioning:
-        """With the sizes that SDXL asks for: a picture that was never larger, nor cropped."""
+        """With the sizes that SDXL asks for."""
         if not getattr(getattr(self.denoiser, "config", None), "size_dim", 0):
             return cond
-        assert cond.context is not None
         height, width = (side * self.autoencoder.factor for side in shape[-2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=cond.context.device)
-        return replace(cond, sizes=sizes.expand(len(cond.context), -1))
+        return cond.sized(height, width)
 
     def _latent_shape(self, request: Request) -> tuple[int, ...]:
         factor: int = self.autoencoder.factor

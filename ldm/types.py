@@ -1,7 +1,7 @@
 """The words every layer shares: what a denoiser is told, and what it is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -45,6 +45,12 @@ class Conditioning:
     def __getitem__(self, rows: Any) -> "Conditioning":
         """The rows of the batch that `rows` selects (slice, index tensor or boolean mask)."""
         return self.map(lambda t: t[rows])
+
+    def sized(self, height: int, width: int) -> "Conditioning":
+        """Told the sizes of a picture of height x width px that was never larger, nor cropped; needs a context."""
+        assert self.context is not None
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.context.device)
+        return replace(self, sizes=sizes.expand(len(self.context), -1))
 
     def to(self, *args: Any, **kwargs: Any) -> "Conditioning":
         """`Tensor.to` on every tensor."""

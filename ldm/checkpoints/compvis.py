@@ -28,7 +28,6 @@ BARE = {  # a component alone in a file: the tensor that gives it away
     "dit.": "y_embedder.embedding_table.weight",
 }
 DIT = "dit."
-LATENT_FACTOR = 8  # of the autoencoder that every published DiT was trained with
 EXTRA = re.compile(
     r"(cond_stage_model|conditioner)\..*(position_ids|logit_scale|attn_mask)|[^.]+|(denoiser|low_scale_model)\.[^.]+"
 )
@@ -57,9 +56,9 @@ def read(
     dtype: torch.dtype | None = None,
 ) -> LoadedModel:
     """A model from a single file. Raises ValueError naming the file and the reason; see `load_model`."""
-    if textual_inversion.is_one(path):
-        raise ValueError(f"{path} is a textual inversion, an addition to a model, and no model")
     tensors, metadata = read_file(path)
+    if textual_inversion.holds_one(tensors, metadata):
+        raise ValueError(f"{path} is a textual inversion, an addition to a model, and no model")
     tensors = named(tensors, str(path))
     recorded = facts.recorded(metadata)
     try:
@@ -149,15 +148,12 @@ def table(kind: str, config: Any, prefixes: tuple[str, ...]) -> list[Entry]:
     """The rename table of a component in a single file, their names in full."""
     keys = keys_of(kind, config)
     if kind == "text_pair":
-        halves = [
-            _text_table(getattr(config, half), [k.removeprefix(f"{half}.") for k in keys if k.startswith(half)], prefix)
-            for half, prefix in zip(("first", "second"), prefixes, strict=True)
-        ]
-        return [
-            replace(entry, native=f"{half}.{entry.native}")
-            for half, entries in zip(("first", "second"), halves, strict=True)
-            for entry in entries
-        ]
+        entries = []
+        for half, prefix in zip(("first.", "second."), prefixes, strict=True):
+            own = [k.removeprefix(half) for k in keys if k.startswith(half)]
+            found = _text_table(getattr(config, half[:-1]), own, prefix)
+            entries += [replace(entry, native=half + entry.native) for entry in found]
+        return entries
     (prefix,) = prefixes
     if kind == "text":
         return _text_table(config, keys, prefix)
@@ -235,7 +231,7 @@ def write(model: LoadedModel, path: Path, *, dtype: torch.dtype | None = None) -
             notes += ("a block of zeros stands for the text encoder's last one, which nothing reads",)
         tensors |= to_foreign(table(kind, config, _prefixes(kind, config)), native)
         if kind == "dit":
-            constants = dit.constants(config, model.settings.get("size", 256) // LATENT_FACTOR)
+            constants = dit.constants(config, model.settings.get("size", 256) // dit.LATENT_FACTOR)
             tensors |= {k: v.to(next(iter(native.values())).dtype) for k, v in constants.items()}
         if kind == "unet":
             tensors, told = facts.marked(tensors, model.settings.get("diffusion", {}))
@@ -263,8 +259,8 @@ def _prefixes(kind: str, config: Any) -> tuple[str, ...]:
         "unet": (DENOISER,),
         "controlnet": (CONTROL,),
         "dit": (DIT,),
+        "text_pair": PAIR,
     }
-    places |= {"text_pair": PAIR}
     if kind not in places:
         raise ValueError(f"a CompVis file cannot hold a component of kind {kind}")
     return places[kind]

@@ -38,15 +38,14 @@ def convert(
     known("format", to, FORMATS)
     if target.exists():
         raise ValueError(f"{target} exists; nothing is overwritten")
-    if not textual_inversion.is_one(source) and (to == "compvis") != (target.suffix == ".safetensors"):
-        raise ValueError(
-            f"--to {to} writes a {'.safetensors file' if to == 'compvis' else 'folder'}, not {target.name!r}"
-        )
     if textual_inversion.is_one(source):
         if dtype is not None or ema or prediction:
             raise ValueError(f"{source} is a textual inversion: it has no --dtype, --ema or --prediction")
         textual_inversion.write(textual_inversion.read(source), target, to)
         return ()
+    if (to == "compvis") != (target.suffix == ".safetensors"):
+        kind = ".safetensors file" if to == "compvis" else "folder"
+        raise ValueError(f"--to {to} writes a {kind}, not {target.name!r}")
     model = load_model(source, prediction=prediction, ema=ema, dtype=dtype)
     stage = target.parent / f".check-{target.name}"
     try:

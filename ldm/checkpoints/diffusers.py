@@ -68,10 +68,8 @@ def _component(folder: Path, dtype: torch.dtype | None) -> tuple[str, nn.Module]
     if kind == "AutoencoderKL":
         return "autoencoder", _autoencoder(folder, words, source, dtype)
     if kind in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-        tokenizer = _tokenizer_beside(folder, "vocab.json") or folder
-        _check_vocabulary(tokenizer)
-        clip = text.from_transformers(words, source, pad_id=_pad_id(tokenizer))
-        return "text", build("text", *_clip(folder, clip), str(folder), dtype=dtype)
+        clip = _clip(folder, _tokenizer_beside(folder, "vocab.json") or folder)
+        return "text", build("text", *clip, str(folder), dtype=dtype)
     if kind in TEXT_ENCODERS:
         return "text", _transformers_text(folder, words, dtype)
     name, ours, config, table = _network(kind, words, source)
@@ -87,7 +85,7 @@ def _transformers_text(folder: Path, words: dict[str, Any], dtype: torch.dtype |
     contents = (tokenizer / "tokenizer.json").read_text(encoding="utf-8")
     config = TransformersText.config_of(words, contents, CONTEXT_LENGTH)
     tensors = {f"encoder.{name}": tensor for name, tensor in read_component(folder, "model").items()}
-    for name, owner in TransformersText(config).tied().items():  # a file has one name for tied weights
+    for name, owner in TransformersText.tied(config).items():  # a file has one name for tied weights
         known = next((n for n in (name, owner) if n in tensors), None)
         if known is not None:
             tensors[name] = tensors[owner] = tensors[known]
@@ -134,24 +132,19 @@ def _text(path: Path, dtype: torch.dtype | None) -> dict[str, nn.Module]:
     folders = [path / name for name in ("text_encoder", "text_encoder_2") if (path / name / "config.json").is_file()]
     if not folders or (path / "text_encoder_3").is_dir():
         return {}
-    configs, states = [], []
-    for folder in folders:
-        words = read_json(folder / "config.json")
-        tokenizer = path / folder.name.replace("text_encoder", "tokenizer")
-        config = text.from_transformers(words, f"{folder}/config.json", pad_id=_pad_id(tokenizer))
-        _check_vocabulary(tokenizer)
-        config, state = _clip(folder, config)
-        configs.append(config)
-        states.append(state)
-    if len(folders) == 1:
-        return {"text": build("text", configs[0], states[0], str(folders[0]), dtype=dtype)}
-    pair = TextPairConfig(*(replace(config, skip=1, final_norm=False) for config in configs))
-    state = {f"{half}.{k}": v for half, s in zip(("first", "second"), states, strict=True) for k, v in s.items()}
+    clips = [_clip(folder, path / folder.name.replace("text_encoder", "tokenizer")) for folder in folders]
+    if len(clips) == 1:
+        return {"text": build("text", *clips[0], str(folders[0]), dtype=dtype)}
+    pair = TextPairConfig(*(replace(config, skip=1, final_norm=False) for config, _ in clips))
+    state = {f"{half}.{k}": v for half, (_, s) in zip(("first", "second"), clips, strict=True) for k, v in s.items()}
     return {"text": build("text_pair", pair, state, f"{path}/text_encoder, text_encoder_2", dtype=dtype)}
 
 
-def _clip(folder: Path, config: TextConfig) -> tuple[TextConfig, Tensors]:
+def _clip(folder: Path, tokenizer: Path) -> tuple[TextConfig, Tensors]:
     """CLIP's text tower, with what we left out of the folder when we wrote it."""
+    _check_vocabulary(tokenizer)
+    source = folder / "config.json"
+    config = text.from_transformers(read_json(source), str(source), pad_id=_pad_id(tokenizer))
     tensors = {_wrapped(k): v for k, v in read_component(folder, "model").items() if not k.endswith("position_ids")}
     state = to_native(text.transformers(config, keys_of("text", config)), tensors, str(folder))
     if (folder / LEFT_OUT).is_file():
@@ -202,7 +195,7 @@ def _settings(path: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], tup
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def write(model: LoadedModel, folder: Path, *, dtype: torch.dtype | None = None) -> tuple[str, ...]:
+def write(model: LoadedModel, folder: Path) -> tuple[str, ...]:
     """The model as a folder of diffusers, atomically; returns notes on what the format made necessary.
 
     A text-to-image model becomes a pipeline's folder, a lone component its own. Raises ValueError if the format
@@ -233,8 +226,7 @@ def write(model: LoadedModel, folder: Path, *, dtype: torch.dtype | None = None)
                 write_json(target, content)
             else:
                 tensors, metadata = content
-                cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
-                save_tensors(target, cast, metadata, {"format": "pt"})
+                save_tensors(target, tensors, metadata, {"format": "pt"})
     return tuple(notes)
 
 

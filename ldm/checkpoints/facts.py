@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.checkpoints.layouts.dit import LATENT_FACTOR
 from ldm.checkpoints.layouts.table import Tensors
 from ldm.models.dit import DiTConfig
 from ldm.models.unet import UNetConfig
@@ -42,7 +43,7 @@ def settings(
     denoiser = configs.get("denoiser")
     if isinstance(denoiser, DiTConfig):
         positions = tensors.get("dit.pos_embed")
-        size = 256 if positions is None else math.isqrt(positions.shape[1]) * denoiser.patch * 8
+        size = 256 if positions is None else math.isqrt(positions.shape[1]) * denoiser.patch * LATENT_FACTOR
         linear = {
             "schedule": "linear",
             "beta_start": 1e-4,

@@ -18,7 +18,7 @@ from ldm.checkpoints.files import (
     verify,
     write_json,
 )
-from ldm.checkpoints.model import BROKEN, KINDS, LoadedModel, build, from_plain, kind_of
+from ldm.checkpoints.model import BROKEN, KINDS, LoadedModel, build, config_of, from_plain, kind_of
 
 FORMAT = 1
 
@@ -67,14 +67,15 @@ def load_model(
     Raises ValueError, naming the file, when something is missing, altered or of another shape.
     """
     found = find_model(path)
-    if ema and format_of(found) != "compvis":
+    kind = format_of(found)
+    if ema and kind != "compvis":
         raise ValueError(f"{found}: only a single file of CompVis keeps averaged weights beside the others")
-    if format_of(found) == "native":
+    if kind == "native":
         try:
             model = _load_native(found, names, dtype)
         except BROKEN as error:  # JSON of another shape than ours
             raise ValueError(f"{found} is no model folder of ours: {type(error).__name__} {error}") from error
-    elif format_of(found) == "diffusers":
+    elif kind == "diffusers":
         model = diffusers.read(found, names, dtype=dtype)
     else:
         return compvis.read(found, names, prediction=prediction, ema=ema, dtype=dtype)
@@ -116,7 +117,7 @@ def save_model(
 ) -> None:
     """Write components and `model.json` into `folder` (inside a `commit` block, to be atomic)."""
     for component, module in components.items():
-        metadata = {"kind": kind_of(module), "config": asdict(module.config)}  # type: ignore[call-overload]
+        metadata = {"kind": kind_of(module), "config": asdict(config_of(module))}
         save_tensors(folder / f"{component}.safetensors", module.state_dict(), metadata)
     if extra:
         save_tensors(folder / "extra.safetensors", extra)

@@ -1,7 +1,9 @@
 """Textual inversions (Gal et al. 2023): a word made of learned token vectors, in the files people exchange."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +33,18 @@ def is_one(path: Path) -> bool:
     if not path.is_file() or path.suffix not in FILES:
         return False
     try:
-        tensors, metadata = read_file(path)
+        return holds_one(*read_file(path))
     except ValueError:
         return False
-    tables = set(tensors) == set(PAIR) or len(tensors) == 1
-    few = tables and all(1 <= t.ndim <= 2 for t in tensors.values())
-    named = {SINGLE, "*", *PAIR} & tensors.keys() or "string_to_token" in metadata
-    return bool(few and (named or (len(tensors) == 1 and "." not in next(iter(tensors)))))
+
+
+def holds_one(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
+    """Whether the contents of a file are token vectors and nothing else: SDXL's pair, or one table of any name."""
+    if not all(1 <= t.ndim <= 2 for t in tensors.values()):
+        return False
+    if len(tensors) == 1:
+        return "." not in next(iter(tensors)) or "string_to_token" in metadata
+    return set(tensors) == set(PAIR)
 
 
 def read(path: Path) -> TextualInversion:
@@ -46,9 +53,9 @@ def read(path: Path) -> TextualInversion:
     The word is the file's name, as AUTOMATIC1111 has it, unless the file names it, as diffusers does.
     Raises ValueError naming the file if it is none, or holds vectors that are not finite.
     """
-    if not is_one(path):
-        raise ValueError(f"{path} is no textual inversion: it is not one or two tables of token vectors")
     tensors, metadata = read_file(path)
+    if not holds_one(tensors, metadata):
+        raise ValueError(f"{path} is no textual inversion: it is not one or two tables of token vectors")
     word = facts.recorded(metadata).get("word", path.stem)
     if set(PAIR) <= tensors.keys():
         found = [tensors[name] for name in PAIR]

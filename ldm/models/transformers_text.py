@@ -41,25 +41,15 @@ class TransformersText(nn.Module):
     def __init__(self, config: TransformersTextConfig) -> None:
         super().__init__()
         self.config = config
-        import_open_clip()  # transformers imports torchvision where it finds it
+        # Its buffers outside the state dict must be real also when the model is built on the meta device.
+        with torch.device("cpu"):
+            self.encoder = _encoder(config)
         from tokenizers import Tokenizer
-        from transformers import AutoConfig, AutoModelForTextEncoding
 
-        architecture = json.loads(config.architecture)
-        if architecture.get("model_type") not in MODELS:
-            raise ValueError(
-                f"a text encoder of transformers is one of {', '.join(MODELS)}, not {architecture.get('model_type')!r}"
-            )
-        architecture = {k: v for k, v in architecture.items() if k not in RUNS_CODE}
         try:
-            # Its buffers outside the state dict must be real also when the model is built on the meta device.
-            with torch.device("cpu"):
-                self.encoder = AutoModelForTextEncoding.from_config(
-                    AutoConfig.for_model(**architecture), trust_remote_code=False
-                )
             self.tokenizer = Tokenizer.from_str(config.tokenizer)
-        except Exception as error:  # the libraries have errors of their own, also plain ones
-            raise ValueError(f"no text encoder can be made of this configuration: {error}") from error
+        except Exception as error:  # the library's errors are plain ones
+            raise ValueError(f"no tokenizer can be made of this configuration: {error}") from error
         self.tokenizer.enable_truncation(config.context_length)
         self.tokenizer.enable_padding(length=config.context_length, pad_id=config.pad_id)
         entries = self.tokenizer.get_vocab_size()
@@ -74,15 +64,13 @@ class TransformersText(nn.Module):
         kept = {k: v for k, v in architecture.items() if k not in RUNS_CODE}
         return TransformersTextConfig(json.dumps(kept), tokenizer, context_length, kept.get("pad_token_id") or 0)
 
-    def tied(self) -> dict[str, str]:
-        """Names of tensors that are others' under a second name -> those others'."""
+    @staticmethod
+    def tied(config: TransformersTextConfig) -> dict[str, str]:
+        """Names of all parameters -> the first name of the same one. Builds nothing for real."""
         owners: dict[int, str] = {}
-        state = self.state_dict()
-        return {
-            name: owners.setdefault(id(t), name)
-            for name, t in self.named_parameters(remove_duplicate=False)
-            if name in state
-        }
+        with torch.device("meta"):
+            named = _encoder(config).named_parameters(prefix="encoder", remove_duplicate=False)
+            return {name: owners.setdefault(id(parameter), name) for name, parameter in named}
 
     @property
     def context_dim(self) -> int:
@@ -104,3 +92,20 @@ class TransformersText(nn.Module):
         """B prompts -> Conditioning(context [B, L, width], mask [B, L])."""
         ids, mask = (v.to(self.encoder.device) for v in self.tokenize(prompts))
         return Conditioning(context=self.encoder(input_ids=ids, attention_mask=mask)[0], mask=mask)
+
+
+def _encoder(config: TransformersTextConfig) -> Any:
+    import_open_clip()  # transformers imports torchvision where it finds it
+    from transformers import AutoConfig, AutoModelForTextEncoding
+
+    architecture = json.loads(config.architecture)
+    if architecture.get("model_type") not in MODELS:
+        raise ValueError(
+            f"a text encoder of transformers is one of {', '.join(MODELS)}, not {architecture.get('model_type')!r}"
+        )
+    architecture = {k: v for k, v in architecture.items() if k not in RUNS_CODE}
+    try:
+        found = AutoConfig.for_model(**architecture)
+        return AutoModelForTextEncoding.from_config(found, trust_remote_code=False)
+    except Exception as error:  # the library has errors of its own, also plain ones
+        raise ValueError(f"no text encoder can be made of this configuration: {error}") from error

@@ -1,7 +1,7 @@
 """The latent denoiser: text to latents, in the space of a frozen autoencoder."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
@@ -138,7 +138,6 @@ class DenoisingTask(Task):
         side = self.size // self.autoencoder.factor
         noise = random.normal("posterior", (self.autoencoder.latent_channels, side, side))
         cond: Conditioning = self.text(captions)
-        if getattr(self.network, "size_dim", 0):  # a picture that was never larger, nor cropped
-            sizes = torch.tensor([self.size, self.size, 0, 0, self.size, self.size], device=batch.image.device)
-            cond = replace(cond, sizes=sizes.expand(len(batch), -1))
+        if getattr(self.network, "size_dim", 0):
+            cond = cond.sized(self.size, self.size)
         return self.autoencoder.encode(batch.image, noise), cond

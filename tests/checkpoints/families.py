@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ldm.checkpoints.model import LoadedModel
@@ -14,21 +13,13 @@ from ldm.models.dit import DiT, DiTConfig
 from ldm.models.mmdit import MMDiT, MMDiTConfig
 from ldm.models.text import TextConfig, TextEncoder, TextPair, TextPairConfig
 from ldm.models.unet import UNet, UNetConfig
+from tests.parity.reference import randomised
 
 SMALL: dict[str, Any] = dict(channels=32, multipliers=(1, 2), blocks=1, depths=(1, 0), context_dim=16, heads=2)
 LINEAR: dict[str, Any] = dict(heads=8, head_dim=16, linear_projection=True)
 CLIP = TextConfig(width=16, layers=3, heads=2, embed_dim=0, activation="quick_gelu", pad_id=49_407)
 OPEN_CLIP = replace(CLIP, embed_dim=16, activation="gelu", pad_id=0, skip=1)
 SD_DIFFUSION = dict(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, spacing="leading", zero_snr=False)
-
-
-def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
-    return module.eval().requires_grad_(False)
 
 
 def tiny_autoencoder(scale: float, **changes: Any) -> AutoencoderKL:

@@ -17,7 +17,7 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
         for parameter in module.parameters():
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
-    return module.eval()
+    return module.eval().requires_grad_(False)
 
 
 def converted(ours: nn.Module, reference: nn.Module, table: Callable[[Iterable[str]], list[Entry]]) -> nn.Module:

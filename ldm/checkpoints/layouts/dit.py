@@ -10,6 +10,8 @@ from ldm.nn.positions import grid, sincos_2d
 IGNORED = ("pos_embed", "pos_embed.pos_embed")
 """Tensors of these layouts that are constants, not parameters: a reader drops them, `constants` makes them again."""
 
+LATENT_FACTOR = 8  # of the autoencoder that every published DiT was trained with
+
 _FIXED = {
     "norm_type": "ada_norm_zero",
     "norm_elementwise_affine": False,

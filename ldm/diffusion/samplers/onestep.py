@@ -1,7 +1,7 @@
 """Samplers that look at the present step alone: DDIM and its kin, Heun, DPM-Solver-2."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from ldm.diffusion.samplers.base import (
     towards,
 )
 from ldm.types import Denoise
+
+Move = Callable[[Tensor, Tensor, NoiseLevel, NoiseLevel], Tensor]
+"""(x, estimate of x0 there, level, level to go down to) -> x after a deterministic step."""
 
 
 @accurate
@@ -142,18 +145,15 @@ def dpm2(
     at = need_at("dpm2_a" if eta else "dpm2", at)
     if eta > 0:
         need_noise("dpm2_a", noise)
-    for index, level, below in pairs(levels):
-        x0 = denoise(x, level)
-        down, up = split(level, below, eta)
+
+    def move(x: Tensor, x0: Tensor, level: NoiseLevel, down: NoiseLevel) -> Tensor:
         if down.sigma == 0 or mostly_noise(level):
-            x = towards(x, x0, level, down)
-        else:
-            middle = _middle(at, level, down)
-            guess = towards(x, x0, level, middle)
-            x = along(x, eps_of(guess, denoise(guess, middle), middle), level, down)
-        if noise is not None and up > 0:
-            x = x + up * fresh(noise, level, below, x)
-        yield Step(index, x, x0)
+            return towards(x, x0, level, down)
+        middle = _middle(at, level, down)
+        guess = towards(x, x0, level, middle)
+        return along(x, eps_of(guess, denoise(guess, middle), middle), level, down)
+
+    return _ancestral(denoise, x, levels, move, eta, noise)
 
 
 def dpm2_a(
@@ -180,16 +180,14 @@ def dpmpp_2s(
     at = need_at("dpmpp_2s_a" if eta else "dpmpp_2s", at)
     if eta > 0:
         need_noise("dpmpp_2s_a", noise)
-    for index, level, below in pairs(levels):
-        x0 = slope = denoise(x, level)
-        down, up = split(level, below, eta)
-        if down.sigma > 0 and level.alpha > 0:
-            middle = _middle(at, level, down)
-            slope = denoise(towards(x, x0, level, middle), middle)
-        x = towards(x, slope, level, down)
-        if noise is not None and up > 0:
-            x = x + up * fresh(noise, level, below, x)
-        yield Step(index, x, x0)
+
+    def move(x: Tensor, x0: Tensor, level: NoiseLevel, down: NoiseLevel) -> Tensor:
+        if down.sigma == 0 or level.alpha == 0:
+            return towards(x, x0, level, down)
+        middle = _middle(at, level, down)
+        return towards(x, denoise(towards(x, x0, level, middle), middle), level, down)
+
+    return _ancestral(denoise, x, levels, move, eta, noise)
 
 
 def dpmpp_2s_a(
@@ -269,6 +267,19 @@ def tcd(
         x = towards(x, x0, level, NoiseLevel(below.t, below.alpha, below.alpha * s))
         if up > 0:
             x = x + float(below.alpha) * up * fresh(noise, level, below, x)
+        yield Step(index, x, x0)
+
+
+def _ancestral(
+    denoise: Denoise, x: Tensor, levels: NoiseLevel, move: Move, eta: float, noise: Noise | None
+) -> Iterator[Step]:
+    """A deterministic step to less noise than `below` has, the rest drawn anew; eta 0 draws none."""
+    for index, level, below in pairs(levels):
+        x0 = denoise(x, level)
+        down, up = split(level, below, eta)
+        x = move(x, x0, level, down)
+        if noise is not None and up > 0:
+            x = x + up * fresh(noise, level, below, x)
         yield Step(index, x, x0)
 
 
