@@ -16,6 +16,7 @@ setup(
         "webdataset>=1.0",
         "safetensors>=0.6",
         "numpy>=2.0",
+        "scipy>=1.13",
         "pillow>=12.3",
         "typer>=0.20",
         "tqdm>=4.66",

@@ -15,7 +15,10 @@ from ldm.names import known
 from ldm.types import Conditioning
 
 FORMATS = ("native", "compvis", "diffusers")
-SAMPLED = ("schedule", "prediction", "beta_start", "beta_end", "shift", "spacing", "zero_snr")
+SAMPLED = (
+    "schedule", "prediction", "beta_start", "beta_end", "shift", "dynamic_shift", "spacing", "zero_snr", "sigma_min",
+    "sigma_max",
+)  # fmt: skip
 """What of the diffusion sampling depends on; the rest is of training alone."""
 LIMIT = 1e-4
 """How far outputs may be apart, relative to the largest: equal weights at other addresses add up in another order."""

@@ -78,10 +78,20 @@ def load_model(
     elif kind == "diffusers":
         model = diffusers.read(found, names, dtype=dtype)
     else:
-        return compvis.read(found, names, prediction=prediction, ema=ema, dtype=dtype)
+        model = compvis.read(found, names, prediction=prediction, ema=ema, dtype=dtype)
     if prediction and "diffusion" in model.settings:
         model.settings["diffusion"] |= {"prediction": prediction}
+    if kind != "native" and _says_variance(model):
+        model.settings["diffusion"] |= {"variance": "learned_range", "objective": "hybrid"}
     return model
+
+
+def _says_variance(model: LoadedModel) -> bool:
+    """Whether its denoiser has channels for a learned variance; no format of others says so in words."""
+    config = getattr(model.components.get("denoiser"), "config", None)
+    channels: int = getattr(config, "in_channels", 0)
+    chain = model.settings.get("diffusion", {}).get("schedule", "flow") != "flow"
+    return chain and channels > 0 and getattr(config, "out_channels", 0) == 2 * channels
 
 
 def _load_native(folder: Path, names: Sequence[str] | None, dtype: torch.dtype | None) -> LoadedModel:

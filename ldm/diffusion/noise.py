@@ -20,6 +20,7 @@ STRIDES = ("leading", "trailing", "linspace")
 SPACINGS = (*STRIDES, "compvis", "sgm_uniform", "beta", *RATIO_SPACINGS)
 FITTED = ("leading", "compvis", "ays", "ays_sdxl", "ays_video")  # to chains of levels; a flow has none
 FLOW_SPACINGS = tuple(spacing for spacing in SPACINGS if spacing not in FITTED)
+EDM_SPACINGS = tuple(spacing for spacing in RATIO_SPACINGS if spacing not in FITTED)
 FLOW_TIME_SCALE = 1000.0  # a flow network is told 1000 * time: one timestep embedding serves every schedule
 
 
@@ -210,6 +211,46 @@ class FlowSchedule:
     def _shifted(self, time: Tensor) -> NoiseLevel:
         time = self.shift * time / (1 + (self.shift - 1) * time)
         return NoiseLevel(FLOW_TIME_SCALE * time, 1 - time, time)
+
+
+@dataclass(frozen=True)
+class EDMSchedule:
+    """Ratios sigma / alpha that are log-normal in training (Karras et al. 2022, table 1), alpha^2 + sigma^2 = 1.
+
+    For data of unit variance, which latents are, the preconditioning of that paper is prediction v with the sign
+    turned: c_in scales x to these coordinates, c_skip is alpha^2 and c_out sigma, and its loss is that of v without a
+    weighting. The network is told t = ln(ratio) / 4, their c_noise.
+    """
+
+    sigma_min: float = 0.002  # lowest and highest ratio of a trajectory
+    sigma_max: float = 80.0
+    log_mean: float = -1.2  # of ln(ratio) in training
+    log_std: float = 1.2
+
+    def at(self, t: Tensor | float) -> NoiseLevel:
+        """The level of any finite `t`. Raises ValueError for one that is not."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        if not t.isfinite().all():
+            raise ValueError(f"t must be finite, got {t.min():g}..{t.max():g}")
+        return self.at_ratio((4 * t).exp())
+
+    def at_ratio(self, ratio: Tensor) -> NoiseLevel:
+        """The levels with those ratios sigma / alpha, above 0."""
+        ratio = ratio.double()
+        alpha = (1 + ratio.square()).rsqrt()
+        return NoiseLevel(ratio.log() / 4, alpha, ratio * alpha)
+
+    def sample(self, u: Tensor) -> NoiseLevel:
+        """u [B] in [0, 1) -> the levels [B] at that quantile of the log-normal distribution."""
+        quantile = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))  # 5.2 standard deviations either way
+        return self.at_ratio((self.log_mean + self.log_std * quantile).exp())
+
+    def trajectory(self, steps: int, spacing: str) -> NoiseLevel:
+        """Levels [steps + 1] from sigma_max to sigma_min, spaced by ratio, then exactly clean. ValueError else."""
+        known("spacing of edm", spacing, EDM_SPACINGS)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        return _joined(self.at_ratio(RATIO_SPACINGS[spacing](steps, self.sigma_min, self.sigma_max)), _clean())
 
 
 class ImageNoise:

@@ -16,6 +16,7 @@ from ldm.models.mmdit import MMDiT, MMDiTConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.names import known
 from ldm.pipeline import Pipeline, Request
+from ldm.training.importance import LossSecondMoment
 from ldm.training.randomness import SampleRandomness
 from ldm.training.tasks import Metrics, Task, TaskConfig, bare, freeze
 from ldm.types import Conditioning
@@ -61,9 +62,12 @@ class DenoisingTask(Task):
         self.autoencoder, self.text = autoencoder, text
         freeze(autoencoder), freeze(text)
         self.network: Any = getattr(config, config.architecture)
+        self.diffusion = Diffusion.from_config(config.diffusion).for_size(*[size // autoencoder.factor] * 2)
         self._check_fit()
         self.denoiser = ARCHITECTURES[config.architecture](self.network)
-        self.diffusion = Diffusion.from_config(config.diffusion)
+        self.importance = LossSecondMoment()
+        if config.diffusion.timesteps == "loss_second_moment":
+            self.remembered = ("importance",)
 
     def _check_fit(self) -> None:
         """Raise ValueError, before any work, where the denoiser cannot work with the frozen models."""
@@ -72,7 +76,8 @@ class DenoisingTask(Task):
                 f"picture size {self.size} must be a multiple of the latent factor {self.autoencoder.factor}"
             )
         latent, text = self.autoencoder.latent_channels, cast(Any, self.text)
-        needed = {"in_channels": latent, "out_channels": latent, "classes": 0}
+        said = latent if self.config.diffusion.variance == "fixed" else 2 * latent
+        needed = {"in_channels": latent, "out_channels": said, "classes": 0}
         needed |= {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
         for name, value in needed.items():
             given = getattr(self.network, name, 0)
@@ -83,12 +88,15 @@ class DenoisingTask(Task):
                 )
 
     def losses(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, Metrics]]:
-        loss = self._loss(batch, dropout=self.config.dropout).mean()
+        loss = self._loss(batch, step).mean()
         yield "denoiser", loss, {"loss": loss.detach()}
 
     def validate(self, batch: Batch) -> Metrics:
         """The loss on fixed noise, at levels spread evenly over the batch, nothing dropped."""
-        return {"loss": self._loss(batch, dropout=0.0, spread=True).mean()}
+        random = SampleRandomness(self.seed, batch.positions)
+        latent, cond = self._encode(batch, random, dropout=0.0)
+        u = (torch.arange(len(batch), device=latent.device) + 0.5) / len(batch)
+        return {"loss": self._diffused(latent, cond, random, u).mean()}
 
     def preview(self, batch: Batch) -> Tensor | None:
         if not self.config.previews:
@@ -120,12 +128,19 @@ class DenoisingTask(Task):
             "caption_dropout": self.config.dropout,
         }
 
-    def _loss(self, batch: Batch, *, dropout: float, spread: bool = False) -> Tensor:
+    def _loss(self, batch: Batch, step: int) -> Tensor:
         """[B]: the diffusion loss of every sample."""
         random = SampleRandomness(self.seed, batch.positions)
-        latent, cond = self._encode(batch, random, dropout)
-        n = len(batch)
-        u = (torch.arange(n, device=latent.device) + 0.5) / n if spread else random.uniform("timestep")
+        latent, cond = self._encode(batch, random, self.config.dropout)
+        u = random.uniform("timestep")
+        if not self.remembered:
+            return self._diffused(latent, cond, random, u)
+        u, weight = self.importance.draw(u, step)
+        loss = self._diffused(latent, cond, random, u)
+        self.importance.learn(u, loss)
+        return weight * loss
+
+    def _diffused(self, latent: Tensor, cond: Conditioning, random: SampleRandomness, u: Tensor) -> Tensor:
         noise = random.normal("noise", tuple(latent.shape[1:]))
         return self.diffusion.loss(self.denoiser, latent, cond, noise=noise, u=u, more=random.normal)
 

@@ -52,6 +52,8 @@ class TrainState:
             save_tensors(stage / "train" / "weights.safetensors", own)
             averages = {f"{key}.{n}": a for key, ema in self.emas.items() for n, a in ema.average.items()}
             save_tensors(stage / "train" / "averages.safetensors", averages)
+            if remembered := self._remembered():
+                save_tensors(stage / "train" / "remembered.safetensors", remembered)
             for key, optimizer in self.optimizers.items():
                 tensors, groups = _flatten(optimizer.state_dict())
                 save_tensors(stage / "train" / f"optimizer-{key}.safetensors", tensors, groups)
@@ -83,6 +85,10 @@ class TrainState:
         averages, _ = read_tensors(folder / "train" / "averages.safetensors")
         for key, ema in self.emas.items():
             ema.load({n: averages[f"{key}.{n}"] for n in ema.average})
+        if remembered := self._remembered():
+            kept, _ = read_tensors(folder / "train" / "remembered.safetensors")
+            for name, value in remembered.items():
+                value.copy_(kept[name])
         progress = read_json(folder / "train" / "progress.json")
         self.step, self.samples = progress["step"], progress["samples"]
         if self.accelerator.scaler is not None:
@@ -102,6 +108,10 @@ class TrainState:
 
     def _own_weights(self) -> dict[str, Tensor]:
         return {f"{key}.{k}": v for key in self.task.trained for k, v in self._module(key).state_dict().items()}
+
+    def _remembered(self) -> dict[str, Tensor]:
+        names = self.task.remembered
+        return {f"{key}.{k}": v for key in names for k, v in getattr(self.task, key).state_dict().items()}
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -24,10 +24,12 @@ class Task(nn.Module):
 
     trained: names of the submodules that learn; each gets its own optimizer, EMA and DDP wrapper, and
     is therefore only ever called through `forward`. Everything else is frozen.
+    remembered: names of submodules whose buffers belong to the progress of a run, the same on every process.
     seed: all randomness of a sample derives from it and the sample's position.
     """
 
     trained: tuple[str, ...]
+    remembered: tuple[str, ...] = ()
     seed: int
 
     def losses(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, Metrics]]:

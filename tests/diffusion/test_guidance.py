@@ -1,13 +1,15 @@
 import pytest
 import torch
 
-from ldm.diffusion.guidance import adaptive_projected, guided, thresholded
-from ldm.diffusion.noise import discrete
+from ldm.diffusion.guidance import adaptive_projected, guided, plus_plus, thresholded
+from ldm.diffusion.noise import EDMSchedule, FlowSchedule, discrete, zero_terminal_snr
 from ldm.diffusion.prediction import PREDICTIONS, target, to_x0
 from ldm.diffusion.process import Diffusion, DiffusionConfig
+from ldm.diffusion.samplers import ddim
 from ldm.types import Conditioning
 
-LEVEL = discrete("scaled_linear", 1000, 0.00085, 0.012).at(600)
+SD = discrete("scaled_linear", 1000, 0.00085, 0.012)
+LEVEL = SD.at(600)
 T = torch.full((4,), 600.0)
 
 
@@ -138,9 +140,73 @@ def test_autoguidance_extrapolates_from_the_weaker_network(x):
         return 0.5 * Network()(x, t, cond)
 
     network = Network()
-    output = guided(network, Conditioning(), 3.0, weak=weak)(x, T, COND)
+    output = guided(network, weak, 3.0)(x, T, COND)
     strong = network(x, T, COND)
     assert torch.allclose(output, 0.5 * strong + 3.0 * (strong - 0.5 * strong))
+
+
+@pytest.mark.parametrize("schedule", [SD, FlowSchedule(), zero_terminal_snr(SD), EDMSchedule()])
+def test_cfg_plus_plus_is_the_papers_algorithm(x, schedule):
+    """Each DDIM step: the guided estimate of x0, and the noise of the network without the prompt."""
+    levels = schedule.trajectory(7, "karras" if isinstance(schedule, EDMSchedule) else "trailing")
+    space = Diffusion(schedule, DiffusionConfig(prediction="v"))
+    x = x.double()
+
+    def network(x, t, cond):
+        level = schedule.at(t).like(x)
+        x0 = torch.tanh(x * cond.context.view(-1, 1, 1, 1)) * 0.5
+        return target("v", x0, (x - level.alpha * x0) / level.sigma, level)
+
+    expected = x
+    for index in range(7):
+        level, below = levels[index], levels[index + 1]
+        t = level.t.expand(4)
+        without = space.x0_of(network(expected, t, cond(-1, -1, -1, -1)), expected, t)
+        wanted = space.x0_of(network(expected, t, COND), expected, t)
+        eps = (expected - level.alpha * without) / level.sigma
+        expected = below.alpha * (without + 0.6 * (wanted - without)) + below.sigma * eps
+    guide = guided(network, UNCOND, plus_plus(levels, 0.6))
+    found = list(ddim(space.denoise(guide, COND), x, levels))[-1].x
+    assert (found - expected).abs().max() < 2e-5  # the network is told t in float32
+
+
+def test_cfg_plus_plus_between_levels_takes_the_upper_ones_scale():
+    levels = SD.trajectory(4, "trailing")
+    scale = plus_plus(levels, 0.5)
+    at_levels = scale(levels.t[:-1])
+    assert torch.equal(scale(levels.t[:-1] - 1), at_levels)
+    assert at_levels[-1] == pytest.approx(0.5) and (at_levels[:-1] > 0.5).all()
+    with pytest.raises(ValueError, match=r"must be in 0\.\.1, got 7"):
+        plus_plus(levels, 7.0)
+
+
+def test_a_perturbed_network_is_pushed_away_from(x):
+    network = Network()
+    wanted = network(x, T, COND)
+
+    def weakened(x, t, cond):
+        return 0.3 * wanted
+
+    plain = guided(network, UNCOND, 4.0)(x, T, COND)
+    pushed = guided(network, UNCOND, 4.0, perturbed=(weakened, 2.0))(x, T, COND)
+    assert torch.allclose(pushed, plain + 2.0 * 0.7 * wanted)
+    network.rows.clear()
+    alone = guided(network, Conditioning(), 1.0, perturbed=(weakened, 2.0))(x, T, COND)
+    assert network.rows == [4] and torch.allclose(alone, wanted + 2.0 * 0.7 * wanted)
+
+
+def test_a_learned_variance_passes_through(x):
+    space = Diffusion.from_config(DiffusionConfig(variance="learned_range", objective="hybrid"))
+
+    def network(x, t, cond):
+        told = cond.context.view(-1, 1, 1, 1)
+        return torch.cat([x * told, x * 0 + told], dim=1)
+
+    mix = adaptive_projected(space, 3.0)
+    for guide in (guided(network, UNCOND, 3.0, rescale=0.5), guided(network, UNCOND, 3.0, mix=mix)):
+        output = thresholded(guide, space, 0.99)(x, T, COND)
+        assert output.shape == (4, 2, 4, 4)
+        assert torch.equal(output[:, 1:], COND.context.view(-1, 1, 1, 1).expand_as(x))
 
 
 def test_thresholding_brings_estimates_into_range_and_leaves_others(x):

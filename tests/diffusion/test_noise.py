@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from ldm.diffusion.noise import FLOW_SPACINGS, SPACINGS, STRIDES, FlowSchedule, ImageNoise, discrete, zero_terminal_snr
+from ldm.diffusion.noise import (
+    FLOW_SPACINGS,
+    SPACINGS,
+    STRIDES,
+    EDMSchedule,
+    FlowSchedule,
+    ImageNoise,
+    discrete,
+    zero_terminal_snr,
+)
+from ldm.diffusion.prediction import to_x0
 from ldm.diffusion.spacings import RATIO_SPACINGS, beta_times
 
 EXACT = [s for s in SPACINGS if s not in ("compvis", "ays_video")]
@@ -233,3 +243,37 @@ def test_other_betas_against_their_formulas():
     torch.testing.assert_close(roots, (1 - line.sqrt()).cumprod(0))
     curve = 0.001 + 0.019 / (1 + torch.exp(-torch.linspace(-6, 6, 100, dtype=torch.float64)))
     torch.testing.assert_close(discrete("sigmoid", 100, 0.001, 0.02).alpha_bar, (1 - curve).cumprod(0))
+
+
+def test_edm_levels_are_those_of_the_paper():
+    """Ratios by eq. 5 with rho 7 from 80 to 0.002, told ln(ratio) / 4, drawn log-normally."""
+    schedule = EDMSchedule()
+    levels = schedule.trajectory(18, "karras")
+    i = torch.arange(18, dtype=torch.float64)
+    ratios = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    torch.testing.assert_close((levels.sigma / levels.alpha)[:-1], ratios)
+    torch.testing.assert_close(levels.t[:-1], ratios.log() / 4)
+    assert (levels.alpha[-1], levels.sigma[-1]) == (1, 0)
+    torch.testing.assert_close(levels.alpha**2 + levels.sigma**2, torch.ones(19, dtype=torch.float64))
+    torch.testing.assert_close(schedule.at(levels.t[:-1]).sigma, levels.sigma[:-1])
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    drawn = schedule.sample(u)
+    logarithm = (drawn.sigma / drawn.alpha).log()
+    assert abs(logarithm.mean() + 1.2) < 1e-6 and abs(logarithm.std() - 1.2) < 1e-3
+    assert schedule.sample(torch.tensor([0.0, 1 - 2**-24])).sigma.isfinite().all()
+
+
+def test_prediction_v_on_edm_levels_is_its_preconditioning():
+    """D(x) = c_skip x + c_out F(c_in x) with unit data (Karras et al. 2022, table 1), F = -v."""
+    level = EDMSchedule().at_ratio(torch.tensor([0.01, 0.5, 3.0, 70.0], dtype=torch.float64))
+    sigma = level.sigma / level.alpha
+    x, output = torch.randn(2, 4, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wide = sigma.view(-1, 1, 1, 1)
+    paper = x / (wide**2 + 1) + wide / (wide**2 + 1).sqrt() * -output
+    torch.testing.assert_close(to_x0("v", output, x / (wide**2 + 1).sqrt(), level), paper)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "beta", "ays"])
+def test_edm_has_no_spacing_of_other_schedules(spacing):
+    with pytest.raises(ValueError, match="unknown spacing of edm"):
+        EDMSchedule().trajectory(10, spacing)

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -11,10 +12,14 @@ from ldm.types import Conditioning
 
 CASES = [
     (schedule, prediction)
-    for schedule in ("scaled_linear", "linear", "cosine", "flow")
+    for schedule in ("scaled_linear", "linear", "cosine", "flow", "edm")
     for prediction in PREDICTIONS
     if (schedule, prediction) != ("flow", "eps")
 ]
+
+
+def config_of(schedule, prediction):
+    return DiffusionConfig(schedule, prediction, spacing="karras" if schedule == "edm" else "trailing")
 
 
 def exact_network(diffusion, gaussian):
@@ -30,7 +35,7 @@ def exact_network(diffusion, gaussian):
 
 @pytest.mark.parametrize(("schedule", "prediction"), CASES)
 def test_loss_of_the_exact_denoiser_is_the_bayes_error(gaussian, schedule, prediction):
-    diffusion = Diffusion.from_config(DiffusionConfig(schedule=schedule, prediction=prediction))
+    diffusion = Diffusion.from_config(config_of(schedule, prediction))
     generator = torch.Generator().manual_seed(0)
     u = torch.tensor([0.02, 0.3, 0.6, 0.97], dtype=torch.float64)
     x0, noise = torch.randn(2, 4, 2, 200, 200, dtype=torch.float64, generator=generator)
@@ -50,9 +55,9 @@ def test_loss_of_the_exact_denoiser_is_the_bayes_error(gaussian, schedule, predi
 
 @pytest.mark.parametrize(("schedule", "prediction"), CASES)
 def test_denoise_solves_for_x0(gaussian, x, schedule, prediction):
-    diffusion = Diffusion.from_config(DiffusionConfig(schedule=schedule, prediction=prediction))
+    diffusion = Diffusion.from_config(config_of(schedule, prediction))
     denoise = diffusion.denoise(exact_network(diffusion, gaussian), Conditioning())
-    level = diffusion.schedule.at(400.0)
+    level = diffusion.schedule.at(0.1 if schedule == "edm" else 400.0)
     assert (denoise(x, level) - gaussian.denoise(x, level)).abs().max() < 1e-12
 
 
@@ -134,6 +139,13 @@ def test_config_survives_json(schedule):
         ({"huber": -1.0}, "huber must not be below 0"),
         ({"logit_std": 0.0}, "logit_std must be above 0"),
         ({"mode_scale": 3.0}, "mode_scale must be in"),
+        ({"schedule": "edm"}, "unknown spacing 'trailing'"),
+        ({"schedule": "edm", "spacing": "karras", "sigma_min": 90.0}, "sigma_min must be below sigma_max"),
+        (
+            {"schedule": "edm", "spacing": "karras", "zero_snr": True, "prediction": "v"},
+            "zero_snr cannot be used with schedule 'edm'",
+        ),
+        ({"dynamic_shift": True}, "dynamic_shift cannot be used with schedule 'scaled_linear'"),
     ],
 )
 def test_bad_configs_are_refused(change, message):
@@ -159,6 +171,16 @@ def test_a_learned_variance_is_left_out_of_the_estimate():
 
     expected = diffusion.denoise(plain, Conditioning())(x, level)
     assert torch.equal(diffusion.denoise(doubled, Conditioning())(x, level), expected)
+
+
+def test_dynamic_shift_is_that_of_the_published_flow_models():
+    """exp(mu) with mu 0.5 at 256 patches and 1.15 at 4,096, on the line between: 1,024 px of f8 latents have 4,096."""
+    config = DiffusionConfig(schedule="flow", prediction="flow", dynamic_shift=True)
+    diffusion = Diffusion.from_config(config)
+    for side, mu in ((32, 0.5), (128, 1.15), (64, 0.5 + 0.65 * (1024 - 256) / 3840)):
+        assert diffusion.for_size(side, side).schedule.shift == pytest.approx(math.exp(mu))
+    fixed = Diffusion.from_config(DiffusionConfig())
+    assert fixed.for_size(64, 64) is fixed
 
 
 def test_zero_terminal_snr_needs_a_prediction_that_can_start_from_noise():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ldm.checkpoints import compvis
+from ldm.checkpoints.files import newest_valid, read_tensors
 from ldm.checkpoints.load import load_model
 from ldm.pipeline import Pipeline, Request, pairs
 from ldm.training.run import run
@@ -34,9 +35,44 @@ def test_every_architecture_trains_and_draws(
     assert images.shape == (1, 3, 16, 16) and torch.isfinite(images).all()
 
 
+OBJECTIVES = {
+    "edm": ["schedule=edm", "prediction=v", "spacing=karras"],
+    "hybrid": ["objective=hybrid", "variance=learned_range", "timesteps=loss_second_moment"],
+    "vlb": ["objective=vlb", "variance=learned_range"],
+    "flow": ["schedule=flow", "prediction=flow", "dynamic_shift=true", "timesteps=logit_normal"],
+    "near": ["coupling=nearest", "noise_offset=0.1", "input_perturbation=0.1", "huber=0.1", "weighting=soft_min_snr"],
+    "transport": ["coupling=optimal_transport", "schedule=sigmoid", "zero_snr=true", "prediction=v"],
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_and_draws(name: str, models: dict[str, Path], shards: Path, tmp_path: Path) -> None:
+    words = [f"task.diffusion.{word}" for word in OBJECTIVES[name]]
+    if "variance=learned_range" in OBJECTIVES[name]:
+        words.append("task.unet.out_channels=4")
+    run(tiny_config("denoising", tmp_path / "run", shards, *frozen(models["denoising"].parent), *words))
+    pipeline = Pipeline.load(tmp_path / "run")
+    for sampler in ("ddim", "ddpm"):
+        images = pipeline(Request(*pairs(["a red circle"]), steps=2, sampler=sampler))
+        assert images.shape == (1, 3, 16, 16) and torch.isfinite(images).all()
+
+
+def test_importance_goes_on_after_a_resume(models: dict[str, Path], shards: Path, tmp_path: Path) -> None:
+    """The weights do not tell, while every level is drawn as often; what was learned of the losses does."""
+    words = ["task.diffusion.timesteps=loss_second_moment", *frozen(models["denoising"].parent)]
+    run(tiny_config("denoising", tmp_path / "whole", shards, *words))
+    folder = newest_valid(tmp_path / "whole" / "checkpoints")
+    assert folder is not None
+    seen = read_tensors(folder / "train" / "remembered.safetensors")[0]
+    state = {name.removeprefix("importance."): value for name, value in seen.items()}
+    config = tiny_config("denoising", tmp_path / "whole", shards, *words)
+    assert state["seen"].sum() + state["new"][1].sum() == config.samples
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (["task.diffusion.variance=learned_range", "task.diffusion.objective=vlb"], r"task\.unet\.out_channels is 2"),
         (["task.architecture=dti"], "did you mean 'dit'"),
         (["task.architecture=dit"], r"task\.dit\.in_channels is 4"),
         (["task.unet.classes=3"], r"task\.unet\.classes is 3"),

@@ -7,6 +7,14 @@ SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_c
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 KARRAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 FLOW = "FlowMatchEulerDiscreteScheduler"
+DYNAMIC = {
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "time_shift_type": "exponential",
+}
+"""How a dynamic shift depends on the size, the only one that is known here."""
 
 
 DEFAULT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
@@ -21,10 +29,12 @@ def from_diffusers(words: Mapping[str, Any] | None, source: str) -> tuple[dict[s
     if words is None:
         words = DEFAULT | {"set_alpha_to_one": False}
         notes.append(f"there is no {source}: Stable Diffusion's noise schedule, predicting eps, is the rule")
-    if words.get("use_dynamic_shifting") or {"sigma_data", "sigma_min"} & words.keys():
+    dynamic = {key: words.get(key, usual) for key, usual in DYNAMIC.items()}
+    if {"sigma_data", "sigma_min"} & words.keys() or (words.get("use_dynamic_shifting") and dynamic != DYNAMIC):
         raise ValueError(f"{source}: the noise of {words.get('_class_name', 'this scheduler')} is not known here")
     if str(words.get("_class_name", "")).startswith("FlowMatch"):
-        return {"schedule": "flow", "prediction": "flow", "shift": words.get("shift", 1.0), "spacing": "trailing"}, ()
+        shift = {"shift": words.get("shift", 1.0), "dynamic_shift": bool(words.get("use_dynamic_shifting"))}
+        return {"schedule": "flow", "prediction": "flow", "spacing": "trailing", **shift}, ()
     schedule, predicts = words.get("beta_schedule", "linear"), words.get("prediction_type", "epsilon")
     if schedule not in SCHEDULES or predicts not in PREDICTIONS or words.get("trained_betas") is not None:
         raise ValueError(f"{source}: beta_schedule {schedule!r} with prediction_type {predicts!r} is not known here")
@@ -58,7 +68,8 @@ def to_diffusers(diffusion: Mapping[str, Any]) -> dict[str, Any]:
     if diffusion["schedule"] == "flow":
         if diffusion["prediction"] != "flow":
             raise ValueError(f"diffusers knows flow schedules with prediction flow, not {diffusion['prediction']}")
-        return {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": diffusion.get("shift", 1.0)}
+        dynamic = {"use_dynamic_shifting": True, **DYNAMIC} if diffusion.get("dynamic_shift") else {}
+        return {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": diffusion.get("shift", 1.0), **dynamic}
     if diffusion["schedule"] not in schedules:
         raise ValueError(
             f"diffusers knows noise schedules {', '.join(schedules)} and flow, not {diffusion['schedule']}"

@@ -1,0 +1,69 @@
+"""Noise levels drawn as often as their losses are large: less noise in the gradient of the variational bound."""
+
+import torch
+from torch import Tensor, distributed, nn
+
+BUCKETS = 100
+"""The schedule in so many equal shares of its time."""
+WARM_UP = 10
+"""Losses of each bucket before any is drawn more often."""
+FLOOR = 0.001
+"""The share that is drawn uniformly, so that no bucket is forgotten."""
+DECAY = 0.9
+"""What one new loss leaves of the running mean of its bucket."""
+
+
+class LossSecondMoment(nn.Module):
+    """Draws in proportion to sqrt(E[loss^2]), which is the least variance (Nichol & Dhariwal 2021, eq. 18).
+
+    Knows the losses of all processes alike. What was learned in a step counts from the next one on, so micro-batches
+    make no difference; its buffers are all its state.
+    """
+
+    moment: Tensor
+    seen: Tensor
+    new: Tensor
+    step: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("moment", torch.zeros(BUCKETS, dtype=torch.float64))  # running mean of loss^2
+        self.register_buffer("seen", torch.zeros(BUCKETS, dtype=torch.float64))  # losses so far
+        self.register_buffer("new", torch.zeros(2, BUCKETS, dtype=torch.float64))  # this step's sums: loss^2, count
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def draw(self, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """u [B], uniform in [0, 1) -> (levels' quantiles [B], the weights [B] that keep the loss what it is)."""
+        if step != int(self.step):
+            self._take_in()
+            self.step.fill_(step)
+        if self.seen.min() < WARM_UP:
+            return u, torch.ones_like(u)
+        root = self.moment.sqrt()
+        share = (1 - FLOOR) * root / root.sum().clamp(min=1e-300) + FLOOR / BUCKETS
+        share = share / share.sum()
+        ends = share.cumsum(0)
+        place = u.double()
+        bucket = torch.searchsorted(ends, place, right=True).clamp(max=BUCKETS - 1)
+        inside = ((place - (ends - share)[bucket]) / share[bucket]).clamp(0, 1 - 1e-9)
+        return (bucket + inside) / BUCKETS, (1 / (BUCKETS * share[bucket])).to(u)
+
+    @torch.no_grad()
+    def learn(self, quantiles: Tensor, loss: Tensor) -> None:
+        """Remember the losses [B] at those quantiles, before the weights of `draw`; every process must call it."""
+        bucket = (quantiles.double() * BUCKETS).long().clamp(0, BUCKETS - 1)
+        squares = loss.detach().double().square()
+        new = torch.zeros_like(self.new)
+        new[0].index_add_(0, bucket, squares)
+        new[1].index_add_(0, bucket, torch.ones_like(squares))
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(new)
+        self.new += new
+
+    def _take_in(self) -> None:
+        sums, counts = self.new
+        left = torch.where(self.seen > 0, DECAY**counts, 0.0)
+        mean = sums / counts.clamp(min=1)
+        self.moment.copy_(torch.where(counts > 0, left * self.moment + (1 - left) * mean, self.moment))
+        self.seen += counts
+        self.new.zero_()
