@@ -83,6 +83,8 @@ def errors() -> dict[str, dict[int, dict[str, float]]]:
     data = Mixture.ring().sample(SEEDS * SAMPLES)
     found: dict[str, dict[int, dict[str, float]]] = {}
     for name in SAMPLERS:
+        if not traits(name).evaluations:
+            continue  # the adaptive one has no budget
         found[name] = {}
         for budget in BUDGETS:
             steps = budget // traits(name).evaluations

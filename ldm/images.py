@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -21,6 +21,17 @@ def to_tensor(image: Image.Image) -> Tensor:
     """A picture of any mode -> RGB float32 [3, H, W] in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, W, 3]
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def open_picture(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """A picture file, upright and scaled to size (width, height) px -> [1, 3, H, W] in [-1, 1]. Raises ValueError."""
+    return to_tensor(_open(path, "RGB", size))[None]
+
+
+def open_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """The same as a mask: [1, 1, H, W] in 0..1, 1 where it is white."""
+    values = torch.from_numpy(np.array(_open(path, "L", size)))
+    return values[None, None].float() / 255
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -133,6 +144,17 @@ def parse_parameters(text: str) -> dict[str, str]:
     if negative < len(lines):
         settings["Negative prompt"] = "\n".join(lines[negative:])[len(_NEGATIVE) :].strip()
     return settings | {key: _unquote(value) for key, value in pairs}
+
+
+def _open(path: str | Path, mode: str, size: tuple[int, int] | None) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert(mode)
+    except FileNotFoundError as error:
+        raise ValueError(f"no picture {str(path)!r}") from error
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
+        raise ValueError(f"{path} is no picture that can be read ({error})") from error
+    return image if size is None or size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _quote(value: str) -> str:

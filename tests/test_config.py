@@ -61,7 +61,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_written_config_reads_back_equal(kind: str, tmp_path: Path) -> None:
-    extra = ["task.autoencoder=a", "task.text=t"] if kind == "denoising" else []
+    extra = {"denoising": ["task.autoencoder=a", "task.text=t"], "classifier": ["task.autoencoder=a"]}.get(kind, [])
     config = load_config(RunConfig, [], [*BASE, f"task.kind={kind}", *extra])
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert load_config(RunConfig, [tmp_path / "c.yaml"], []) == config
@@ -79,7 +79,7 @@ def test_shipped_configs_are_valid_and_say_what_to_expect(path: Path) -> None:
         with torch.device("meta"):
             model = network(config.task)
         assert f"{sum(p.numel() for p in model.parameters()):,}" == said[1]
-    assert said or path.parts[1] in ("demo", "emoji")
+    assert said or path.parts[1] in ("demo", "emoji", "classifier")
 
 
 def network(task: Any) -> torch.nn.Module:

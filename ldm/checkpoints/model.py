@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.classifier import NoisyClassifier, NoisyClassifierConfig
 from ldm.models.clip import ImageConfig, ImageEncoder
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.dit import DiT, DiTConfig
@@ -28,12 +29,13 @@ KINDS: dict[str, tuple[Callable[[Any], nn.Module], type[Any]]] = {
     "dit": (DiT, DiTConfig),
     "mmdit": (MMDiT, MMDiTConfig),
     "controlnet": (ControlNet, ControlNetConfig),
+    "classifier": (NoisyClassifier, NoisyClassifierConfig),
 }
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Components by name (autoencoder, text, image, denoiser, controlnet) and what they were trained with.
+    """Components by name (autoencoder, text, image, denoiser, controlnet, classifier) and what they were trained with.
 
     settings: diffusion, size, null_prompt, ... as the training task wrote them or as `notes` say they were found.
     extra: tensors of the file that no component holds and that a file of the same layout gets back.

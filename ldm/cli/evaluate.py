@@ -64,3 +64,24 @@ def emoji(  # one parameter an option: what a command line needs
 
     sampling = Sampling(seed, steps, sampler, guidance)
     typer.echo(emoji_table(evaluate_emoji(load(model), sampling, data, heldout, count, out)))
+
+
+@app.command()
+def nll(
+    model: Model,
+    data: Annotated[Path, typer.Argument(help="A shard folder that the model has not seen.")],
+    count: Annotated[int, typer.Option(help="Pictures, the first of the folder.")] = 64,
+    method: Annotated[str, typer.Option(help="vlb, the variational bound, or ode, the probability-flow ODE.")] = "vlb",
+    steps: Annotated[int, typer.Option(help="vlb: evaluations an image; ode: Runge-Kutta steps of four.")] = 100,
+    probes: Annotated[int, typer.Option(help="ode: backward passes an evaluation.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the noise and the probes.")] = 0,
+) -> None:
+    """Bits per dimension that the model needs for the latents of pictures, told their captions.
+
+    Models on the same autoencoder compare; latents are not bytes, so the number may be negative.
+    """
+    from ldm.evaluation.likelihood import Counting, evaluate_nll
+
+    counting = Counting(method, steps, probes, seed)
+    for name, value in evaluate_nll(load(model), str(data), count, counting).items():
+        typer.echo(f"{name:<16}{value:.5f}" if isinstance(value, float) else f"{name:<16}{value}")

@@ -14,7 +14,7 @@ def train(
         bool, typer.Option("--dry-run", help="Print the config, sizes and cost of the run, and stop.")
     ] = False,
 ) -> None:
-    """Train an autoencoder, a text encoder or a denoiser; run it again to resume.
+    """Train an autoencoder, a text encoder, a denoiser or a classifier; run it again to resume.
 
     Example: ldm train configs/demo/autoencoder.yaml data.path=shards/train out=runs/autoencoder
 

@@ -13,9 +13,9 @@ def step_bits(schedule: DiscreteSchedule, index: Tensor, x0: Tensor, estimate: T
 
     index [B]: levels 0..T-1; x0 and the network's `estimate` of it [B, C, H, W]. v, of the same shape, -1..1: where
     the network puts the logarithm of its variance between the smallest and the largest that make sense (Nichol &
-    Dhariwal 2021, eq. 15); None is the smallest. The step from level 0 ends at the data, which is continuous: its
-    cost is the negative log-density, its smallest variance, which would be 0, that of the next level; and None the
-    largest, which is about the error of a good estimate.
+    Dhariwal 2021, eq. 15); None is the largest, the best for data of unit variance (Ho et al. 2020, sec. 3.2). The step
+    from level 0 ends at the data, which is continuous: its cost is the negative log-density, and its smallest variance,
+    which would be 0, that of the next level.
     """
     table = schedule.alpha_bar.to(x0.device)
     first = (index == 0).view(-1, *[1] * (x0.ndim - 1))
@@ -29,7 +29,7 @@ def step_bits(schedule: DiscreteSchedule, index: Tensor, x0: Tensor, estimate: T
         return values.to(x0).view(first.shape)
 
     low, high = spread(torch.where(index > 0, small, second).log()), spread(large.log())
-    log_variance = torch.where(first, high, low) if v is None else low + (v + 1) / 2 * (high - low)
+    log_variance = high if v is None else low + (v + 1) / 2 * (high - low)
     error = (spread(share) * (x0 - estimate)).square()
     divergence = (log_variance - low + (low.exp() + error) / log_variance.exp() - 1) / 2
     density = (math.log(2 * math.pi) + log_variance + error / log_variance.exp()) / 2

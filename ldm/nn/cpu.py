@@ -5,13 +5,15 @@ from torch import Tensor, nn
 
 
 class OneDNNLinear(nn.Linear):
-    """A linear layer by oneDNN's kernel: x [..., in] -> [..., out], without gradients.
+    """A linear layer by oneDNN's kernel, which knows no gradients: x [..., in] -> [..., out]; with them, by torch's.
 
     torch sends convolutions there and float32 linear layers to MKL, which on processors that are not Intel's does not
     use AVX-512: less than half the speed.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 

@@ -23,6 +23,7 @@ from ldm.config import load_config, plain, to_yaml
 from ldm.names import known
 from ldm.nn.attention import BACKENDS, set_backend
 from ldm.training.autoencoder import AutoencoderTask, AutoencoderTaskConfig
+from ldm.training.classifier import ClassifierTask, ClassifierTaskConfig
 from ldm.training.contrastive import ContrastiveTask, ContrastiveTaskConfig
 from ldm.training.denoising import DenoisingTask, DenoisingTaskConfig
 from ldm.training.engine import Inspection, TrainConfig, train
@@ -37,6 +38,7 @@ TASKS: dict[str, tuple[type[Any], type[Any]]] = {
     "autoencoder": (AutoencoderTask, AutoencoderTaskConfig),
     "contrastive": (ContrastiveTask, ContrastiveTaskConfig),
     "denoising": (DenoisingTask, DenoisingTaskConfig),
+    "classifier": (ClassifierTask, ClassifierTaskConfig),
 }
 
 FREE = (

@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "ldm.pipeline": (
         *BASICS, "ldm.images", "ldm.nn", "ldm.models", "ldm.diffusion", "ldm.checkpoints", "ldm.adapters",
     ),
-    "ldm.evaluation": (*BASICS, "ldm.images", "ldm.pipeline", "data_pipeline"),
+    "ldm.evaluation": (*BASICS, "ldm.images", "ldm.diffusion", "ldm.pipeline", "data_pipeline"),
     "ldm.training": (
         *BASICS, "ldm.images", "ldm.nn", "ldm.models", "ldm.diffusion", "ldm.checkpoints", "ldm.adapters",
         "ldm.pipeline", "ldm.evaluation", "data_pipeline",

@@ -1,3 +1,7 @@
+import itertools
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
@@ -127,6 +131,111 @@ def test_ddpm_is_ddim_at_eta_one(gaussian, x):
     assert torch.equal(ancestral, last(ddim(gaussian.denoise, x, levels, eta=1.0, noise=noise_like(x))))
 
 
+class WithVariance:
+    """A denoiser that has learned its variance too: v, of any shape that x0 takes."""
+
+    def __init__(self, denoise, v):
+        self.denoise, self.v, self.seen = denoise, v, set()
+
+    def __call__(self, x, level):
+        return self.denoise(x, level)
+
+    def with_variance(self, x, level):
+        self.seen.add(x.dtype)
+        return self.denoise(x, level), self.v.to(x).expand_as(x)
+
+
+V = torch.tensor([-1.0, -0.3, 0.0, 0.8, 1.0, 1.4], dtype=torch.float64)
+
+
+def moments(take, gaussian, levels):
+    """Mean and standard deviation [steps, pixels] after each step, exactly: for Gaussian data all of it is affine.
+
+    Image 0 draws nothing, image 1 starts one standard deviation off, image k + 2 draws 1 as its k-th draw.
+    """
+    count = len(levels.t) + 1
+    x = (levels[0].alpha * gaussian.mu).repeat(count, len(V))
+    x[1] += gaussian.spread(levels[0])
+    draws = iter(torch.eye(count, dtype=torch.float64)[2:, :, None].expand(-1, -1, len(V)))
+    steps = [step.x for step in take(x, levels, noise=lambda: next(draws))]
+    return torch.stack([x[0] for x in steps]), torch.stack([(x[1:] - x[0]).square().sum(0).sqrt() for x in steps])
+
+
+def spreads_in_betas(gaussian, levels, w):
+    """Standard deviations [steps, pixels] of ancestral sampling, in the papers' own betas."""
+    bars = levels.alpha.square()
+    variance = (bars[0] * gaussian.s**2 + 1 - bars[0]).expand(len(w))
+    found = []
+    for bar, below in itertools.pairwise(bars):
+        beta = 1 - bar / below
+        tilde = (1 - below) / (1 - bar) * beta
+        gain = bar.sqrt() * gaussian.s**2 / (bar * gaussian.s**2 + 1 - bar)
+        slope = below.sqrt() * beta / (1 - bar) * gain + (bar / below).sqrt() * (1 - below) / (1 - bar)
+        variance = slope**2 * variance
+        if below < 1:
+            variance = variance + (w * beta.log() + (1 - w) * tilde.log()).exp()
+        found.append(variance.sqrt())
+    return torch.stack(found)
+
+
+CHAINS = [(SD, "trailing", 20), (SD, "leading", 7), (SD, "trailing", 1000), (ZERO, "trailing", 10), (SD, "karras", 12)]
+
+
+@pytest.mark.parametrize(("schedule", "spacing", "steps"), CHAINS)
+@pytest.mark.parametrize("variance", ["small", "large", "learned"])
+def test_ddpm_has_the_moments_of_its_variance(gaussian, variance, schedule, spacing, steps):
+    """Strided and full chains, with and without signal at the start, each pixel with a v of its own."""
+    levels = schedule.trajectory(steps, spacing)
+    denoise = WithVariance(gaussian.denoise, V)
+    mean, spread = moments(partial(ddpm, denoise, variance=variance), gaussian, levels)
+    w = {"small": torch.zeros_like(V), "large": torch.ones_like(V), "learned": (V + 1) / 2}[variance]
+    assert (mean - levels.alpha[1:, None] * gaussian.mu).abs().max() < 1e-12
+    assert (spread / spreads_in_betas(gaussian, levels, w) - 1).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(("variance", "s"), [("small", 0.0), ("large", 1.0)])
+@pytest.mark.parametrize("schedule", [SD, ZERO, FlowSchedule(), FlowSchedule(3.0)])
+def test_the_two_variances_are_exact_at_their_two_ends(gaussian, schedule, variance, s):
+    """Ho et al. 2020, sec. 3.2: for a point and for a standard normal, whatever the scale of x and length of steps."""
+    data = replace(gaussian, s=s)
+    levels = schedule.trajectory(5, "trailing")[:-1]
+    _, spread = moments(partial(ddpm, data.denoise, variance=variance), data, levels)
+    assert torch.allclose(spread, data.spread(levels)[1:, None].expand_as(spread), rtol=1e-12)
+
+
+@pytest.mark.parametrize("levels", [SD.trajectory(9, "trailing"), FlowSchedule().trajectory(9, "trailing")])
+def test_learned_variance_goes_from_small_to_large(gaussian, x, levels):
+    def end(denoise, **options):
+        return last(ddpm(denoise, x, levels, noise=noise_like(x), **options))
+
+    for v, variance in ((-1.0, "small"), (1.0, "large")):
+        learned = WithVariance(gaussian.denoise, torch.tensor(v))
+        assert torch.allclose(end(learned), end(gaussian.denoise, variance=variance), rtol=1e-12, atol=1e-12)
+    assert torch.equal(end(gaussian.denoise), end(gaussian.denoise, variance="small"))
+    assert (end(gaussian.denoise, variance="small") - end(gaussian.denoise, variance="large")).abs().max() > 1e-3
+
+
+def test_learned_variance_is_seen_through_the_sums_in_float32(gaussian, x):
+    learned, levels = WithVariance(gaussian.denoise, torch.tensor(0.5)), SD.trajectory(9, "trailing")
+    drawn = noise_like(x)
+    half = list(ddpm(learned, x.half(), levels, noise=lambda: drawn()))
+    assert learned.seen == {torch.float16} and {half[-1].x.dtype, half[-1].x0.dtype} == {torch.float16}
+    exact = last(ddpm(learned, x.half().double(), levels, noise=noise_like(x)))
+    assert (half[-1].x - exact).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_nothing_is_drawn_at_the_step_to_clean(gaussian, x, variance):
+    draws = []
+
+    def noise():
+        draws.append(1)
+        return torch.randn_like(x)
+
+    steps = list(ddpm(gaussian.denoise, x, SD.trajectory(6, "trailing"), variance=variance, noise=noise))
+    assert len(draws) == 5 and torch.allclose(steps[-1].x, steps[-1].x0)
+
+
 def network(x, t):
     """A made-up eps network, as nonlinear as a real one."""
     return torch.sin(1.7 * x + t / 300) + 0.1 * x.flip(-1)
@@ -181,7 +290,7 @@ def test_equal_to_stable_diffusions_samplers(x, steps):
         assert (ours - expected).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if traits(name).evaluations])
 def test_evaluations_of_the_network(gaussian, x, name):
     asked = []
 
@@ -215,6 +324,16 @@ def test_bad_requests_are_refused(gaussian, x):
         sampler("plms", eta=0.3)
     with pytest.raises(ValueError, match=r"eta must be in 0\.\.1, got 2"):
         sampler("ddim", eta=2)
+    with pytest.raises(
+        ValueError, match=r"variance \(small, large, learned\) is for sampler 'ddpm' alone, not for 'ddim'"
+    ):
+        sampler("ddim", variance="large")
+    with pytest.raises(ValueError, match=r"unknown variance of ddpm 'smal', did you mean 'small'"):
+        sampler("ddpm", variance="smal")
+    with pytest.raises(ValueError, match=r"unknown variance of ddpm 'lurned', did you mean 'learned'"):
+        next(ddpm(None, x, SD.trajectory(5, "trailing"), variance="lurned", noise=noise_like(x)))
+    with pytest.raises(ValueError, match=r"variance 'learned' needs a network that predicts it.*'small' and 'large'"):
+        next(ddpm(lambda x, level: 1 / 0, x, SD.trajectory(5, "trailing"), variance="learned", noise=noise_like(x)))
     with pytest.raises(ValueError, match="no source of noise"):
         last(ddpm(gaussian.denoise, x, SD.trajectory(5, "trailing")))
     for name in SAMPLERS:

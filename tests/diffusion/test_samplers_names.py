@@ -42,6 +42,11 @@ TYPED = {
     "Euler a Automatic": ("euler_a", None),
     "TCD": ("tcd", None),
     "DPM fast": ("dpm_fast", None),
+    "DPM adaptive": ("dpm_adaptive", None),
+    "k_dpm_ad": ("dpm_adaptive", None),
+    "k_dpm_adaptive": ("dpm_adaptive", None),
+    "sample_dpm_adaptive": ("dpm_adaptive", None),
+    "DPM adaptive Karras": ("dpm_adaptive", "karras"),
     "Restart": ("restart", None),
     "SASolverScheduler": ("sa_solver", None),
     "EulerAncestralDiscreteScheduler": ("euler_a", None),
@@ -64,8 +69,9 @@ def test_every_sampler_has_its_own_name_and_every_alias_a_sampler():
     assert {spacing for spacing in SPACING_NAMES.values() if spacing} <= set(SPACINGS)
 
 
-def test_eta_goes_by_every_name_of_ddim():
+def test_eta_goes_by_every_name_of_ddim_and_variance_by_those_of_ddpm():
     assert sampler("DDIM", eta=0.5).keywords == {"eta": 0.5}
+    assert sampler("DDPMScheduler", variance="large").keywords == {"variance": "large"}
 
 
 @pytest.mark.parametrize(

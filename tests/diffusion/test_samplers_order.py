@@ -90,7 +90,7 @@ def test_order_of_convergence(gaussian, x, name, levels, strides, expected):
 
 
 def test_every_sampler_of_the_ode_is_measured_at_the_order_it_claims():
-    claimed = {(name, traits(name).order) for name in ODE}
+    claimed = {(name, traits(name).order) for name in ODE if traits(name).evaluations}  # the adaptive one apart
     assert claimed <= {(name, expected) for name, _, _, expected in MEASURED}
 
 

@@ -2,14 +2,12 @@
 
 The caller owns the loop, and so progress, previews, streaming and cancelling. A sampler knows nothing of
 networks: `denoise(x, level)` gives it the estimate of x0, whatever prediction and guidance are behind it.
-
-DPM adaptive is not among them: it chooses its steps by an error taken over the batch, which would make an image
-depend on its neighbours.
 """
 
 from dataclasses import dataclass
 from functools import partial
 
+from ldm.diffusion.samplers.adaptive import dpm_adaptive
 from ldm.diffusion.samplers.base import At, Noise, Sampler, Step
 from ldm.diffusion.samplers.multistep import (
     deis,
@@ -25,6 +23,7 @@ from ldm.diffusion.samplers.multistep import (
 )
 from ldm.diffusion.samplers.names import ALIASES, canonical
 from ldm.diffusion.samplers.onestep import (
+    VARIANCES,
     ddim,
     ddpm,
     dpm2,
@@ -42,6 +41,7 @@ from ldm.diffusion.samplers.onestep import (
 from ldm.diffusion.samplers.restart import restart
 from ldm.diffusion.samplers.sa import sa_solver
 from ldm.diffusion.samplers.unipc import unipc, unipc_3
+from ldm.names import known
 
 __all__ = [
     "ALIASES",
@@ -73,6 +73,7 @@ SAMPLERS: dict[str, Sampler] = {
     "lms": lms,
     "deis": deis,
     "dpm_fast": dpm_fast,
+    "dpm_adaptive": dpm_adaptive,
     "dpm2": dpm2,
     "dpm2_a": dpm2_a,
     "dpmpp_2s": dpmpp_2s,
@@ -95,11 +96,12 @@ STOCHASTIC = (
     "ddpm", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde",
     "lcm", "tcd", "restart", "sa_solver",
 )  # fmt: skip
-BETWEEN = ("dpm2", "dpm2_a", "dpmpp_2s", "dpmpp_2s_a", "dpmpp_sde", "tcd", "restart")
+BETWEEN = ("dpm_adaptive", "dpm2", "dpm2_a", "dpmpp_2s", "dpmpp_2s_a", "dpmpp_sde", "tcd", "restart")
 TWICE = ("heun", "flow_heun", "dpm2", "dpm2_a", "dpmpp_2s", "dpmpp_2s_a", "dpmpp_sde", "restart")
+ADAPTIVE = ("dpm_adaptive",)
 ORDERS = {
     "plms": 2, "heun": 2, "flow_heun": 2, "ipndm": 2, "lms": 4, "deis": 3, "dpm2": 2, "dpmpp_2s": 2,
-    "dpm_fast": 3, "dpmpp_2m": 2, "dpmpp_3m": 3, "unipc": 3, "unipc_3": 4,
+    "dpm_fast": 3, "dpm_adaptive": 3, "dpmpp_2m": 2, "dpmpp_3m": 3, "unipc": 3, "unipc_3": 4,
 }  # fmt: skip
 
 
@@ -113,22 +115,30 @@ class Traits:
     order: int
     stochastic: bool  # needs `noise`
     between: bool  # needs `at`
-    evaluations: int  # of the network in an inner step
+    evaluations: int  # of the network in an inner step; 0 is as many as it takes
 
 
 def traits(name: str) -> Traits:
     """The traits of a sampler, by any of its names. Raises ValueError for an unknown one."""
     name, _ = canonical(name)
-    return Traits(ORDERS.get(name, 1), name in STOCHASTIC, name in BETWEEN, 2 if name in TWICE else 1)
+    evaluations = 0 if name in ADAPTIVE else 2 if name in TWICE else 1
+    return Traits(ORDERS.get(name, 1), name in STOCHASTIC, name in BETWEEN, evaluations)
 
 
-def sampler(name: str, *, eta: float = 0.0) -> Sampler:
-    """The sampler of that name, as `canonical` knows it; eta in [0, 1] is for ddim. Raises ValueError otherwise."""
+def sampler(name: str, *, eta: float = 0.0, variance: str | None = None) -> Sampler:
+    """The sampler of that name, as `canonical` knows it. Raises ValueError for an option that is not its own.
+
+    eta: in [0, 1], for ddim.  variance: small | large | learned, for ddpm.
+    """
     ours, _ = canonical(name)
+    if variance is not None:
+        known("variance of ddpm", variance, VARIANCES)
+        if ours != "ddpm":
+            raise ValueError(f"variance ({', '.join(VARIANCES)}) is for sampler 'ddpm' alone, not for {name!r}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in 0..1, got {eta}")
     if eta == 0:
-        return SAMPLERS[ours]
+        return SAMPLERS[ours] if variance is None else partial(ddpm, variance=variance)
     if ours != "ddim":
         raise ValueError(f"eta is for sampler 'ddim' alone; with {name!r} it must be 0, got {eta}")
     return partial(ddim, eta=eta)

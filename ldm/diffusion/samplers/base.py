@@ -5,6 +5,7 @@ ratio sigma / alpha is infinite at pure noise (a flow's start, zero terminal SNR
 log(alpha / sigma), at both ends; each sampler takes its first-order step where its own formula has no value.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,8 +63,16 @@ def accurate(body: Body) -> Body:
         def estimate(x: Tensor, level: NoiseLevel) -> Tensor:
             return denoise(x.to(given), level).to(work)
 
-        for step in body(estimate, x.to(work), levels, **options):
-            yield Step(step.index, step.x.to(given), step.x0.to(given))
+        def with_variance(x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+            x0, v = denoise.with_variance(x.to(given), level)  # type: ignore[attr-defined]
+            return x0.to(work), v.to(work)
+
+        if hasattr(denoise, "with_variance"):
+            estimate.with_variance = with_variance  # type: ignore[attr-defined]
+        steps = body(estimate, x.to(work), levels, **options)
+        if given == work:
+            return steps
+        return (Step(step.index, step.x.to(given), step.x0.to(given)) for step in steps)
 
     return cast(Body, take)
 
@@ -84,18 +93,21 @@ def need_at(name: str, at: At | None) -> At:
 
 def pairs(levels: NoiseLevel) -> Iterator[tuple[int, NoiseLevel, NoiseLevel]]:
     """(number of the step, its level, the level below) along a trajectory."""
-    for index in range(len(levels.t) - 1):
-        yield index, levels[index], levels[index + 1]
+    rows = zip(levels.t.unbind(), levels.alpha.unbind(), levels.sigma.unbind(), strict=True)
+    for index, (level, below) in enumerate(itertools.pairwise(NoiseLevel(*row) for row in rows)):
+        yield index, level, below
 
 
 def ratio(level: NoiseLevel) -> float:
     """sigma / alpha, the noise level of Karras et al. 2022; infinite at pure noise."""
-    return float(level.sigma / level.alpha)
+    alpha = float(level.alpha)
+    return float(level.sigma) / alpha if alpha else math.inf
 
 
 def half_log_snr(level: NoiseLevel) -> float:
     """log(alpha / sigma), the lambda of Lu et al. 2022; minus infinity at pure noise, infinity at clean."""
-    return float(torch.log(level.alpha / level.sigma))
+    at = ratio(level)
+    return -math.log(at) if at else math.inf
 
 
 def mostly_noise(level: NoiseLevel) -> bool:
@@ -105,7 +117,7 @@ def mostly_noise(level: NoiseLevel) -> bool:
 
 def eps_of(x: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
     """The eps that x and the estimate of x0 leave, sigma > 0."""
-    return (x - level.alpha * x0) / level.sigma
+    return torch.sub(x, x0, alpha=float(level.alpha)) / float(level.sigma)
 
 
 def towards(x: Tensor, x0: Tensor, level: NoiseLevel, below: NoiseLevel) -> Tensor:
@@ -113,14 +125,14 @@ def towards(x: Tensor, x0: Tensor, level: NoiseLevel, below: NoiseLevel) -> Tens
 
     Equals below.alpha * x0 + below.sigma * eps, and holds from alpha = 0 and to sigma = 0.
     """
-    kept = below.sigma / level.sigma
-    return kept * x + (below.alpha - level.alpha * kept) * x0
+    kept = float(below.sigma) / float(level.sigma)
+    return torch.add(kept * x, x0, alpha=float(below.alpha) - float(level.alpha) * kept)
 
 
 def along(x: Tensor, eps: Tensor, level: NoiseLevel, below: NoiseLevel) -> Tensor:
     """The exact solution of the ODE while eps stays as it is: x / alpha moves by eps * (change of ratio); alpha > 0."""
-    kept = below.alpha / level.alpha
-    return kept * x + (below.sigma - kept * level.sigma) * eps
+    kept = float(below.alpha) / float(level.alpha)
+    return torch.add(kept * x, eps, alpha=float(below.sigma) - kept * float(level.sigma))
 
 
 def split(level: NoiseLevel, below: NoiseLevel, eta: float) -> tuple[NoiseLevel, float]:
@@ -128,6 +140,8 @@ def split(level: NoiseLevel, below: NoiseLevel, eta: float) -> tuple[NoiseLevel,
 
     The variances sum to sigma^2 of `below`; eta 1 is the posterior of Ho et al. 2020, eq. 7, with x / alpha for x.
     """
+    if eta == 0:
+        return below, 0.0
     kept = ratio(below) / ratio(level)
     up = eta * math.sqrt(max(1 - kept**2, 0.0))
     down = NoiseLevel(below.t, below.alpha, below.sigma * math.sqrt(max(1 - up**2, 0.0)))
@@ -152,5 +166,5 @@ def mixed(weights: list[float] | tuple[float, ...], values: list[Tensor]) -> Ten
     """The sum of the values, each with its weight."""
     total = weights[0] * values[0]
     for weight, value in zip(weights[1:], values[1:], strict=True):
-        total = total + weight * value
+        total = torch.add(total, value, alpha=weight)
     return total

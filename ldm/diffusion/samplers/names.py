@@ -28,6 +28,8 @@ ALIASES: dict[str, str] = {
     "deis": "deis",
     "deismultistep": "deis",
     "dpmfast": "dpm_fast",
+    "dpmad": "dpm_adaptive",
+    "dpmadaptive": "dpm_adaptive",
     "dpm2": "dpm2",
     "kdpm2discrete": "dpm2",
     "dpm2a": "dpm2_a",
@@ -81,13 +83,16 @@ SPACING_NAMES: dict[str, str | None] = {
 """What may follow a sampler's name ("DPM++ 2M Karras") -> our spacing, None for the model's own."""
 
 
+PLUS_PLUS = "cfgpp"
+
+
 def canonical(name: str) -> tuple[str, str | None]:
     """(our name of the sampler, our name of the spacing or None) of a name as people type it.
 
     Case, spaces and punctuation do not count; a leading "k_" or "sample_" and a trailing "Scheduler" are dropped.
     Raises ValueError with the nearest name for one that is unknown.
     """
-    key = _key(name)
+    key = _key(name).removesuffix(PLUS_PLUS)
     if key in ALIASES:
         return ALIASES[key], None
     for words in sorted(SPACING_NAMES, key=len, reverse=True):
@@ -97,6 +102,11 @@ def canonical(name: str) -> tuple[str, str | None]:
     near = get_close_matches(key, ALIASES, n=1)
     hint = f", did you mean {ALIASES[near[0]]!r}?" if near else ";"
     raise ValueError(f"unknown sampler {name!r}{hint} known: {', '.join(sorted(set(ALIASES.values())))}")
+
+
+def says_plus_plus(name: str) -> bool:
+    """Whether a name ends as in "DDIM CFG++": the sampler with the guidance of CFG++, which is the caller's affair."""
+    return _key(name).endswith(PLUS_PLUS)
 
 
 def _key(name: str) -> str:

@@ -23,7 +23,10 @@ from ldm.diffusion.samplers.base import (
     split,
     towards,
 )
+from ldm.names import known
 from ldm.types import Denoise
+
+VARIANCES = ("small", "large", "learned")
 
 Move = Callable[[Tensor, Tensor, NoiseLevel, NoiseLevel], Tensor]
 """(x, estimate of x0 there, level, level to go down to) -> x after a deterministic step."""
@@ -39,30 +42,55 @@ def ddim(
     noise: Noise | None = None,
     at: At | None = None,
 ) -> Iterator[Step]:
-    """DDIM (Song et al. 2021, eq. 12): remix the estimates of x0 and eps, with some of the eps drawn anew.
+    """DDIM (Song et al. 2021, eq. 12 and 16): remix the estimates of x0 and eps, with some of the eps drawn anew.
 
     eta 0 is Euler's method for the ODE, first order; eta 1 is ancestral (DDPM). eta > 0 needs `noise`.
     """
     if eta > 0:
         need_noise(f"eta {eta:g}", noise)
-    for index, level, below in pairs(levels):
-        x0 = denoise(x, level)
-        eps = eps_of(x, x0, level)
-        # eq. 16 without the division by alpha, so it also holds at alpha = 0 and for flows: the noise that
-        # `below` has and `level` cannot have inherited from it
-        kept = level.alpha * below.sigma / (below.alpha * level.sigma)
-        added = eta * below.sigma * (1 - kept.square()).clamp(min=0).sqrt()
-        x = below.alpha * x0 + (below.sigma.square() - added.square()).sqrt() * eps
-        if noise is not None and added > 0:
-            x = x + added * fresh(noise, level, below, x)
-        yield Step(index, x, x0)
+    return _ancestral(denoise, x, levels, towards, eta, noise)
 
 
+@accurate
 def ddpm(
-    denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: Noise | None = None, at: At | None = None
+    denoise: Denoise,
+    x: Tensor,
+    levels: NoiseLevel,
+    *,
+    variance: str | None = None,
+    noise: Noise | None = None,
+    at: At | None = None,
 ) -> Iterator[Step]:
-    """Ancestral sampling with the smaller posterior variance (Ho et al. 2020, eq. 7); needs `noise`."""
-    return ddim(denoise, x, levels, eta=1.0, noise=noise)
+    """Ancestral sampling: the posterior mean of Ho et al. 2020, eq. 7, and noise around it; needs `noise`.
+
+    variance: of that noise, between the two levels of a step, however far apart.
+        small: beta_tilde, the posterior's of eq. 7, exact where the data is a point.
+        large: exact where the data is standard normal; beta on a chain (sec. 3.2).
+        learned: large^w * small^(1 - w), w = (v + 1) / 2, of a denoiser that also has
+            `with_variance(x, level) -> (x0, v)`, all [B, C, H, W] (Nichol & Dhariwal 2021, eq. 15).
+        None: learned if the denoiser has it, else small.
+    Nothing is drawn at a step to clean. Raises ValueError for another word, or a denoiser without what it needs.
+    """
+    noise, told = need_noise("ddpm", noise), getattr(denoise, "with_variance", None)
+    if variance is None:
+        variance = "small" if told is None else "learned"
+    known("variance of ddpm", variance, VARIANCES)
+    if variance == "learned" and told is None:
+        raise ValueError("variance 'learned' needs a network that predicts it; this one allows 'small' and 'large'")
+    for index, level, below in pairs(levels):
+        w: Tensor | float = 1.0 if variance == "large" else 0.0
+        if variance == "learned" and told is not None:
+            x0, v = told(x, level)
+            w = (v + 1) / 2
+        else:
+            x0 = denoise(x, level)
+        down, small = split(level, below, 1.0)
+        x = towards(x, x0, level, down)
+        if small > 0:
+            # sqrt(large / small), both of the same step: (alpha^2 + sigma^2) / sigma^2 below over that here
+            wider = math.sqrt((1 + ratio(below) ** -2) / (1 + ratio(level) ** -2))
+            x = x + small * wider**w * fresh(noise, level, below, x)
+        yield Step(index, x, x0)
 
 
 def euler(
@@ -262,7 +290,7 @@ def tcd(
     at, noise = need_at("tcd", at), need_noise("tcd", noise)
     for index, level, below in pairs(levels):
         x0 = denoise(x, level)
-        s = min(_ratio_of_time(at, math.floor((1 - gamma) * float(below.t)), below), ratio(below))
+        s = min(ratio_of_time(at, math.floor((1 - gamma) * float(below.t)), below), ratio(below))
         up = math.sqrt(max(ratio(below) ** 2 - s**2, 0.0))
         x = towards(x, x0, level, NoiseLevel(below.t, below.alpha, below.alpha * s))
         if up > 0:
@@ -283,7 +311,7 @@ def _ancestral(
         yield Step(index, x, x0)
 
 
-def _ratio_of_time(at: At, t: float, below: NoiseLevel) -> float:
+def ratio_of_time(at: At, t: float, below: NoiseLevel) -> float:
     """The highest ratio of that t, its logarithm narrowed down by grids: `at` only leads the other way."""
     if below.sigma == 0 or float(below.t) <= t:
         return ratio(below)

@@ -1,8 +1,8 @@
-"""From prompts to pictures: one request, one pipeline, one loop that belongs to the caller."""
+"""The pipeline: the modules, and the one loop that draws with them."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,68 +12,17 @@ from torch import Tensor, nn
 from ldm import __version__
 from ldm.checkpoints.load import load_model
 from ldm.diffusion.brownian import BrownianNoise
-from ldm.diffusion.guidance import adaptive_projected, check_guidance, guided
+from ldm.diffusion.inversion import invert
 from ldm.diffusion.noise import NoiseLevel
-from ldm.diffusion.process import Diffusion, DiffusionConfig
+from ldm.diffusion.process import Diffusion, DiffusionConfig, Estimate
 from ldm.diffusion.samplers import Step, canonical, sampler
+from ldm.models.perturbed import select
 from ldm.nn.cpu import for_cpu
-from ldm.types import Conditioning, Denoiser
+from ldm.pipeline.control import Batch, Companions, completing, put_back, steered
+from ldm.pipeline.request import Request, Steering
+from ldm.types import Conditioning
 
 log = logging.getLogger(__name__)
-
-
-def pairs(prompts: Sequence[str], count: int = 1, seed: int = 0) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The prompts and seeds of a Request: `count` images a prompt, image k of each from seed + k."""
-    if isinstance(prompts, str):
-        raise ValueError("prompts must be a sequence of prompts, got a single string")
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
-    seeds = range(seed, seed + count)
-    return tuple(p for p in prompts for _ in seeds), tuple(s for _ in prompts for s in seeds)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to draw: one image per (prompt, seed). Raises ValueError, saying what is allowed, when made.
-
-    Image i depends on its own prompt and seed, not on what else is asked for. On one machine that holds to the
-    byte at batch 1; in larger batches torch may sum in another order, which moves values by some 1e-6 and now
-    and then a pixel by 1 of 255.
-    """
-
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    negative: str = ""  # "" means the model's own null prompt
-    steps: int = 50
-    sampler: str = "ddim"
-    eta: float = 0.0  # ddim: share of noise drawn anew each step
-    guidance: float = 5.0  # 1 turns it off
-    rescale: float = 0.0  # pull the spread of guided outputs back to that of the plain ones
-    interval: tuple[float, float] | None = None  # guide only where t, as the network is told it, lies in it
-    parallel: float = 1.0  # share of guidance along the estimate; below 1 saturates less (adaptive projected guidance)
-    momentum: float = 0.0  # of the guidance of earlier steps; -0.5 with parallel 0 is the paper's
-    norm: float = 0.0  # longest guidance, as a vector; 0 = any
-    spacing: str | None = None  # None means what the sampler's name says ("DPM++ 2M Karras"), or the model's own
-    width: int | None = None  # px; None means the size the model was trained at
-    height: int | None = None
-    batch: int = 16  # images at a time
-
-    def __post_init__(self) -> None:
-        if not self.prompts or not isinstance(self.prompts, tuple):
-            raise ValueError(f"prompts must be a tuple of one or more prompts, got {self.prompts!r}")
-        if len(self.prompts) != len(self.seeds):
-            raise ValueError(f"each image needs a prompt and a seed, got {len(self.prompts)} and {len(self.seeds)}")
-        if not all(0 <= seed < 2**63 for seed in self.seeds):
-            raise ValueError(f"seeds must be in 0..2^63-1, got {min(self.seeds)}..{max(self.seeds)}")
-        if self.steps < 1 or self.batch < 1:
-            raise ValueError(f"steps and batch must be at least 1, got {self.steps} and {self.batch}")
-        sampler(self.sampler, eta=self.eta)
-        check_guidance(self.guidance, self.rescale, self.interval)
-
-    @property
-    def batches(self) -> int:
-        """How many batches its images make."""
-        return -(-len(self.prompts) // self.batch)
 
 
 class Pipeline:
@@ -81,7 +30,7 @@ class Pipeline:
 
     The modules run as they are, where they are: put them in evaluation mode first (`load` does).
     size: side in pixels that the model was trained at. null_prompt: what it was trained to see as "no prompt"; None
-    if that was a conditioning of zeros (SDXL).
+    if that was a conditioning of zeros (SDXL). companions: other models that requests may be steered by; set at will.
     """
 
     def __init__(
@@ -101,6 +50,7 @@ class Pipeline:
         self.denoiser: Any = denoiser
         self.diffusion = diffusion
         self.size, self.null_prompt, self.name = size, null_prompt, name
+        self.companions = Companions()
 
     @classmethod
     def load(
@@ -144,28 +94,54 @@ class Pipeline:
             if progress is not None:
                 progress(step.index + 1, steps * request.batches)
             if (step.index + 1) % steps == 0:
-                images.append(self.decode(step.x))
+                images.append(self.pictures(request, step))
         return torch.cat(images)
 
     def steps(self, request: Request) -> int:
         """Steps of each batch: as many as asked for, but for spacing `compvis`, which takes what it can."""
-        return len(self._levels(request).t) - 1
+        return len(self._levels(request, self._latent_shape(request)).t) - 1
+
+    def pictures(self, request: Request, step: Step) -> Tensor:
+        """The pictures [B, 3, H, W] of a batch's last step, in [-1, 1], with the known pixels of a given one."""
+        drawn = self.decode(step.x)
+        if request.given is None or request.given.mask is None:
+            return drawn
+        start = step.index // self.steps(request) * request.batch
+        return put_back(request.given, slice(start, start + len(drawn)), drawn)
 
     def stream(self, request: Request) -> Iterator[Step]:
         """The steps of the request, batch after batch, numbered through from 0.
 
         Step k belongs to batch b = k // `steps(request)`, images [batch * b : ...]; the x of a batch's last step is
-        its result. `decode` turns x, or the estimate x0 for a preview, into pictures. Checks the request at
-        once, raising ValueError before any work; the caller may stop whenever it likes.
+        its result, which `pictures` decodes; `decode` shows any x, or the estimate x0 for a preview. Checks the
+        request at once, raising ValueError before any work; the caller may stop whenever it likes.
         """
-        return self._steps(request, self._levels(request), self._latent_shape(request))
+        shape = self._latent_shape(request)
+        levels = self._levels(request, shape)
+        self._check(request)
+        return self._steps(request, levels, shape)
 
     @torch.inference_mode()
     def decode(self, latent: Tensor) -> Tensor:
         """Latents [B, c, h, w] -> images [B, 3, H, W] in [-1, 1], float32 on the CPU."""
+        return self._decode(latent).clamp(-1, 1).cpu()
+
+    @torch.no_grad()
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, c, h, w], float32, where the denoiser is.
+
+        Means of the posterior, or with standard normal `noise` of the latents' shape samples of it.
+        """
         device, dtype = _home(self.autoencoder)
-        image: Tensor = self.autoencoder.decode(latent.to(device, dtype))
-        return image.float().clamp(-1, 1).cpu()
+        drawn = () if noise is None else (noise.to(device, dtype),)
+        latent: Tensor = self.autoencoder.encode(image.to(device, dtype), *drawn)
+        return latent.to(_home(self.denoiser)[0]).float()
+
+    @torch.no_grad()
+    def estimate(self, prompts: Sequence[str], shape: Sequence[int]) -> Estimate:
+        """What a sampler calls, for latents [B, *shape] of these B prompts, without guidance."""
+        cond = self._told_sizes(self._encode(list(prompts), len(prompts)), tuple(shape))
+        return self.diffusion.for_size(*shape[-2:]).denoise(self._network, cond)
 
     def settings(self, request: Request, index: int) -> dict[str, Any]:
         """What to write beside image `index`, in the words and order of AUTOMATIC1111."""
@@ -177,54 +153,81 @@ class Pipeline:
             "Model": self.name,
             "Spacing": request.spacing or canonical(request.sampler)[1] or self.diffusion.spacing,
         }
-        settings |= {"Eta": request.eta, "CFG rescale": request.rescale}
-        if request.interval is not None:
-            settings |= {"CFG interval": f"{request.interval[0]:g}-{request.interval[1]:g}"}
-        for name in ("parallel", "momentum", "norm"):
-            if getattr(request, name) != getattr(Request, name):
-                settings |= {f"CFG {name}": getattr(request, name)}
+        settings |= {"Eta": request.eta}
+        for field in fields(Steering):
+            value = getattr(request.steering, field.name)
+            if value != field.default:
+                settings |= {f"Steering {field.name.replace('_', ' ')}": value}
+        if request.given is not None:
+            settings |= {"Given": request.given.way}
         return settings | {"RNG": "CPU", "Version": f"ldm {__version__}"}
 
-    @torch.inference_mode()  # of a generator, torch enters the mode for each step and leaves it at each yield
+    @torch.no_grad()  # of a generator, torch enters the mode for each step and leaves it at each yield
     def _steps(self, request: Request, levels: NoiseLevel, shape: tuple[int, ...]) -> Iterator[Step]:
         device, _ = _home(self.denoiser)
-        take = sampler(request.sampler, eta=request.eta)
+        diffusion = self.diffusion.for_size(*shape[-2:])
         distinct = list(dict.fromkeys(request.prompts))
         encoded = self._encode(distinct, request.batch)
         row = {prompt: i for i, prompt in enumerate(distinct)}
         uncond = Conditioning()
-        if request.guidance != 1:
+        if request.guidance != 1 or request.plus_plus:
             uncond = self._told_sizes(self._uncond(request.negative), shape)
         for number, start in enumerate(range(0, len(request.prompts), request.batch)):
-            batch = slice(start, start + request.batch)
-            noise = BrownianNoise(request.seeds[batch], shape)
-            cond = self._told_sizes(encoded[[row[prompt] for prompt in request.prompts[batch]]], shape)
-            denoise = self.diffusion.denoise(self._guided(request, uncond), cond)
-            for step in take(denoise, noise().to(device), levels, noise=noise, at=self.diffusion.schedule.at_ratio):
+            rows = slice(start, start + request.batch)
+            cond = self._told_sizes(encoded[[row[prompt] for prompt in request.prompts[rows]]], shape)
+            batch = Batch(request, rows, cond, uncond, levels, diffusion, self._decode)
+            noise = BrownianNoise(request.seeds[rows], shape)
+            take, x = sampler(request.sampler, eta=request.eta, variance=request.variance), noise().to(device)
+            if request.given is not None and not request.given.measure:
+                known = self.encode(batch.of(request.given.image))
+                if request.given.mask is not None:
+                    take = completing(take, request.given, batch, known)
+                else:
+                    x = self._noise_of(known, request.given.shows or "", batch)
+            # guidance with momentum remembers its steps: one for each batch
+            denoiser = steered(self._network, self.denoiser, self.companions, batch)
+            denoise = diffusion.denoise(denoiser, cond)
+            for step in take(denoise, x, levels, noise=noise, at=diffusion.schedule.at_ratio):
                 yield Step(number * (len(levels.t) - 1) + step.index, step.x, step.x0)
 
-    def _levels(self, request: Request) -> NoiseLevel:
-        return self.diffusion.trajectory(request.steps, request.spacing or canonical(request.sampler)[1])
+    def _check(self, request: Request) -> None:
+        """Raise ValueError for what this model cannot do with the request."""
+        self.companions.check(request)
+        if request.steering.perturb:
+            select(self.denoiser, request.steering.perturb, request.steering.perturb_how)
+        if request.variance == "learned" and self.diffusion.config.variance == "fixed":
+            raise ValueError("variance 'learned' needs a model that learned it; this one did not: small or large")
+        given = request.given
+        if given is None:
+            return
+        _, height, width = (self.autoencoder.factor * side for side in self._latent_shape(request))
+        seen = torch.zeros(1, 3, height, width)
+        needed = given.operator()(seen).shape[2:] if given.measure else seen.shape[2:]
+        if given.image.shape[2:] != needed:
+            sizes = (f"{w}x{h}" for h, w in (given.image.shape[2:], needed))
+            raise ValueError("the given picture is {} px, and must be {}".format(*sizes))
 
-    def _guided(self, request: Request, uncond: Conditioning) -> Denoiser:
-        """The guided network for one batch: guidance with momentum remembers its steps."""
-        mix = None
-        if (request.parallel, request.momentum, request.norm) != (1.0, 0.0, 0.0):
-            mix = adaptive_projected(
-                self.diffusion,
-                request.guidance,
-                parallel=request.parallel,
-                momentum=request.momentum,
-                norm=request.norm,
-            )
-        return guided(
-            self._network, uncond, request.guidance, rescale=request.rescale, interval=request.interval, mix=mix
-        )
+    def _noise_of(self, known: Tensor, shows: str, batch: Batch) -> Tensor:
+        """The noise that draws the known latents with the prompt they show, without guidance, on the same levels."""
+        rows = len(batch.prompts)
+        x = known.expand(rows, *known.shape[1:])
+        for step in invert(self.estimate([shows] * rows, known.shape[1:]), x, batch.levels):
+            x = step.x
+        return x
+
+    def _levels(self, request: Request, shape: tuple[int, ...]) -> NoiseLevel:
+        spacing = request.spacing or canonical(request.sampler)[1]
+        return self.diffusion.for_size(*shape[-2:]).trajectory(request.steps, spacing)
 
     def _network(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         # the network runs in its own type, the sampler's sums in float32
         output: Tensor = self.denoiser(x.to(_home(self.denoiser)[1]), t, cond)
         return output.to(x.dtype)
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        device, dtype = _home(self.autoencoder)
+        image: Tensor = self.autoencoder.decode(latent.to(device, dtype))
+        return image.float()
 
     def _encode(self, prompts: list[str], batch: int) -> Conditioning:
         device, dtype = _home(self.denoiser)
@@ -246,8 +249,11 @@ class Pipeline:
     def _latent_shape(self, request: Request) -> tuple[int, ...]:
         factor: int = self.autoencoder.factor
         multiple = factor * getattr(self.denoiser, "factor", 1)
-        height = self.size if request.height is None else request.height
-        width = self.size if request.width is None else request.width
+        height, width = (self.size, self.size)
+        if request.given is not None and not request.given.measure:
+            height, width = request.given.image.shape[2:]
+        height = height if request.height is None else request.height
+        width = width if request.width is None else request.width
         if min(width, height) < 1 or width % multiple or height % multiple:
             raise ValueError(f"width and height must be multiples of {multiple} px, got {width}x{height}")
         return self.autoencoder.latent_channels, height // factor, width // factor
