@@ -2,7 +2,9 @@
 
 import itertools
 import zlib
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +17,23 @@ class Batch:
 
     positions [B] int64: the place of each sample in the run's global stream. All randomness of a sample
     derives from (seed, position), so it does not depend on batch size, rank or worker.
+    weights [B] float32: how much each sample counts in the loss; None: all 1.
+    sizes [B, 6] int64: original height and width, crop top and left, target height and width, px (Podell et al. 2023,
+    sec. 2.2); None: pictures that were never larger, nor cropped.
+    moments [B, 2 C, h, w]: mean and log-variance of the latents, as stored before; the pictures are then not read, and
+    `image` is [B, 3, 0, 0].
+    text: what a text encoder made of the captions, by its name in the conditioning: context [B, L, D], mask [B, L],
+    pooled [B, P]; of an empty caption it is all zeros. Empty unless it was stored before.
     """
 
     image: Tensor
     captions: list[str]
     positions: Tensor
     keys: list[str]
+    weights: Tensor | None = None
+    sizes: Tensor | None = None
+    moments: Tensor | None = None
+    text: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -30,20 +43,43 @@ class Batch:
         if not 1 <= parts <= len(self):
             raise ValueError(f"cannot split a batch of {len(self)} into {parts} parts")
         edges = [len(self) * part // parts for part in range(parts + 1)]
-        spans = [slice(a, b) for a, b in itertools.pairwise(edges)]
-        return [Batch(self.image[s], self.captions[s], self.positions[s], self.keys[s]) for s in spans]
+        return [self._rows(slice(a, b)) for a, b in itertools.pairwise(edges)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on `device`."""
-        return replace(
-            self,
-            image=self.image.to(device, non_blocking=non_blocking),
-            positions=self.positions.to(device, non_blocking=non_blocking),
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; torch's DataLoader looks for this method."""
-        return replace(self, image=self.image.pin_memory(), positions=self.positions.pin_memory())
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    @staticmethod
+    def cat(parts: "list[Batch]") -> "Batch":
+        """Join batches of one size that hold the same things."""
+
+        def join(values: list[Any]) -> Any:
+            first = values[0]
+            if first is None:
+                return None
+            if isinstance(first, Tensor):
+                return torch.cat(values)
+            if isinstance(first, dict):
+                return {name: torch.cat([value[name] for value in values]) for name in first}
+            return [row for rows in values for row in rows]
+
+        return Batch(**{f.name: join([getattr(part, f.name) for part in parts]) for f in fields(Batch)})
+
+    def _rows(self, rows: slice) -> "Batch":
+        tensors = self._map(lambda tensor: tensor[rows])
+        return replace(tensors, captions=self.captions[rows], keys=self.keys[rows])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        def apply(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: change(tensor) for name, tensor in value.items()}
+            return change(value) if isinstance(value, Tensor) else value
+
+        return Batch(**{f.name: apply(getattr(self, f.name)) for f in fields(Batch)})
 
 
 def sample_rng(seed: int, position: int, purpose: str) -> np.random.Generator:

@@ -1,35 +1,38 @@
-"""A source -> a shard folder: restartable, the same bytes for any number of worker processes."""
+"""A source -> a shard folder: restartable, the same bytes for any executor and number of workers."""
 
+import base64
 import json
-import logging
 import re
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, is_dataclass
-from multiprocessing import get_context
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
-from data_pipeline import shards
-from data_pipeline.captions import clean_captions
+from PIL import Image
+
+from data_pipeline import executors, shards, storage
+from data_pipeline.assembly import Progress, assemble
+from data_pipeline.captions import clean_captions, clean_weights
+from data_pipeline.duplicates import perceptual_hash
+from data_pipeline.filters import FilterConfig, check
 from data_pipeline.images import encode_image, resize_crop
+from data_pipeline.ledger import Ledger, newest_names, removed_row, shard_name, write_ledger
+from data_pipeline.remove import read_removals
 from data_pipeline.report import Report
 from data_pipeline.sources import Rejected, Sample, Source
-
-log = logging.getLogger(__name__)
+from data_pipeline.storage import StrPath, join
 
 IMAGE_FORMATS = ("png", "jpg", "webp")
-PLAN = "build.json"
-REPORT = "report.json"
+THUMBNAILS = 2  # of the pictures that filters turned away: so many for each reason in each shard
+_THUMBNAIL_PX = 96
 _KEY = re.compile(r"[0-9a-z_-]{1,80}")
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """size: pictures become size x size pixels; None keeps them. workers: processes; 0 works in this one.
+    """size: pictures become size x size pixels; None keeps them.
 
+    workers: processes, or CPUs of a local Ray; executor: serial, processes, ray, or None: processes if workers > 0.
     image_format: png (lossless), jpg or webp; quality (1-100) counts for jpg and webp.
     """
 
@@ -38,6 +41,8 @@ class BuildConfig:
     samples_per_shard: int = 500
     image_format: str = "png"
     quality: int = 95
+    executor: str | None = None
+    filters: FilterConfig = field(default_factory=FilterConfig)
 
     def __post_init__(self) -> None:
         if self.size is not None and not 1 <= self.size <= 8192:
@@ -50,133 +55,157 @@ class BuildConfig:
             raise ValueError(f"image_format={self.image_format!r}: allowed are {', '.join(IMAGE_FORMATS)}")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality={self.quality}: allowed are 1 to 100")
+        if self.executor not in (None, *executors.EXECUTORS):
+            raise ValueError(f"executor={self.executor!r}: allowed are {', '.join(executors.EXECUTORS)}")
 
 
 def build(
     source: Source,
     settings: BuildConfig,
-    out: Path,
-    progress: Callable[[int, int], None] | None = None,
-) -> Report:
+    out: StrPath,
+    progress: Progress | None = None,
+    part: tuple[int, int] = (1, 1),
+) -> Report | None:
     """Write every sample of `source` into the shard folder `out`; `progress(done, total)` counts samples.
 
-    Started again after a kill it keeps the shards that are complete. Raises ValueError when `out` holds
-    anything else, when keys repeat, when not one sample is usable; RuntimeError when a worker process dies.
+    Started again after a kill it keeps the shards that are complete. part (i, n): make only every n-th shard, from
+    the i-th on; None is returned until the other parts are there, too (see assemble). Raises ValueError when `out`
+    holds anything else, when keys repeat, when not one sample is usable; RuntimeError when a worker process dies
+    twice over one shard.
     """
-    began = time.monotonic()
-    total = len(source)
-    _claim(out, _plan(source, settings))
-    numbers = range(-(-total // settings.samples_per_shard))
-    kept = {n for n in numbers if _is_complete(out, n)}
-    report = Report(kept_shards=len(kept))
-    done = sum(_samples_of(n, settings, total) for n in kept)
-    if progress:
-        progress(done, total)
-    for number in _make_shards(source, settings, out, [n for n in numbers if n not in kept]):
-        done += _samples_of(number, settings, total)
+    if not 1 <= part[0] <= part[1]:
+        raise ValueError(f"part {part[0]}/{part[1]}: allowed are 1/N to N/N")
+    executor = settings.executor or ("processes" if settings.workers else "serial")
+    if storage.is_remote(out) and str(out).startswith("memory://") and executor != "serial":
+        raise ValueError(f"{out} is in the memory of one process; use workers=0")
+    names = newest_names(out) if storage.is_folder(out) else {}
+    rewritten = {number: name for number, name in names.items() if name != shard_name(number)}
+    job = ShardJob(source, settings, str(out), read_removals(out), rewritten)
+
+    def run(numbers: list[int]) -> Iterator[int]:
+        return executors.run(job, numbers, executor, settings.workers)
+
+    def samples(done: int, count: int) -> None:
+        total = min(count * settings.samples_per_shard, len(source))
         if progress:
-            progress(done, total)
-    infos = _collect(out, len(numbers), report)
-    report.seconds = time.monotonic() - began
-    shards.write_atomically(out / REPORT, shards.to_json(report.to_json()))
-    if report.delivered == 0:
-        raise ValueError(f"not one of {total} samples is usable ({report.reasons})")
-    size, image_format = settings.size, settings.image_format
-    info = shards.Info(report.delivered, report.bytes, size, image_format, _describe(source), tuple(infos))
-    shards.write_index(out, info)
-    log.info("%s: %d samples; rejected: %s", out, report.delivered, report.reasons)
-    return report
+            progress(min(done * settings.samples_per_shard, total), total)
+
+    return assemble(out, plan_of(source, settings), run, part, samples)
 
 
-def make_shard(source: Source, settings: BuildConfig, out: Path, number: int) -> int:
-    """Make shard `number` and the index beside it, from its range of the source only. Returns `number`."""
-    first = number * settings.samples_per_shard
-    indices = range(first, min(first + settings.samples_per_shard, len(source)))
-    report = Report()
-    tar = out / f"{number:05d}.tar"
-    samples = shards.write_tar(tar, _entries(source, settings, indices, report))
-    report.bytes = tar.stat().st_size if samples else 0
-    digest = shards.file_sha256(tar) if samples else ""
-    index = {"sha256": digest, "bytes": report.bytes, "samples": samples, "report": report.to_json()}
-    shards.write_atomically(tar.with_suffix(".json"), shards.seal(index))
-    return number
+@dataclass(frozen=True)
+class ShardJob:
+    """One part of a source -> one shard: a function of the shard's number that any process can call.
+
+    removed: keys that were taken out since, with (reason, detail); a shard made again leaves them out.
+    names: of shards that were written anew since, under the name of a later generation.
+    """
+
+    source: Source
+    settings: BuildConfig
+    out: str
+    removed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+
+    def __call__(self, number: int) -> None:
+        """Make shard `number` and the index beside it, from its range of the source only."""
+        first = number * self.settings.samples_per_shard
+        rows = range(first, min(first + self.settings.samples_per_shard, len(self.source)))
+        rejected: list[dict[str, Any]] = []
+        name = self.names.get(number, shard_name(number))
+        tar = shards.write_tar(join(self.out, f"{name}.tar"), self._entries(rows, rejected))
+        write_ledger(self.out, name, Ledger(rows.start, rows.stop, tar.bytes, tar.sha256, tar.samples, rejected))
+
+    def _entries(self, rows: range, rejected: list[dict[str, Any]]) -> Iterator[shards.Entry]:
+        shown: Counter[str] = Counter()
+        for row in rows:
+            sample = None
+            try:
+                sample = self._sample(row)
+                if sample.key in self.removed:
+                    reason, detail = self.removed[sample.key]
+                    rejected.append(removed_row(row, self._name(row, sample.key), sample.key, reason, detail))
+                    continue
+                check(sample, self.settings.filters)
+            except Rejected as error:
+                entry = {
+                    "row": row,
+                    "name": self._name(row, f"row {row}"),
+                    "reason": error.reason,
+                    "detail": error.detail,
+                }
+                if sample is not None:
+                    entry.update(identity(sample))
+                    shown[error.reason] += 1
+                    if shown[error.reason] <= THUMBNAILS:
+                        entry["thumbnail"] = thumbnail(sample.image)
+                rejected.append(entry)
+                continue
+            yield self._entry(row, sample)
+
+    def _sample(self, row: int) -> Sample:
+        sample = self.source[row]
+        if not _KEY.fullmatch(sample.key):
+            raise ValueError(f"key {sample.key!r}: allowed are 1 to 80 of 0-9 a-z _ -")
+        if "captions" in sample.meta:
+            raise ValueError(f"sample {sample.key}: the name 'captions' in its meta is taken")
+        captions, meta = clean_captions(sample.captions), sample.meta
+        if "weights" in meta:
+            meta = {**meta, "weights": clean_weights(sample.captions, meta["weights"])}
+        return replace(sample, captions=captions, meta=meta)
+
+    def _name(self, row: int, otherwise: str) -> str:
+        """The row's own name; a source that draws its pictures may have none."""
+        name = getattr(self.source, "name", None)
+        return str(name(row)) if name else otherwise
+
+    def _entry(self, row: int, sample: Sample) -> shards.Entry:
+        settings = self.settings
+        image = sample.image if settings.size is None else resize_crop(sample.image, settings.size)
+        encoded = encode_image(image, settings.image_format, settings.quality)
+        members = {
+            settings.image_format: encoded,
+            "txt": sample.captions[0].encode(),
+            "json": shards.to_json({"captions": sample.captions, **sample.meta}),
+        }
+        about = {
+            "row": row,
+            "size": list(image.size),
+            "captions": len(sample.captions),
+            "words": len(sample.captions[0].split()),
+            "phash": perceptual_hash(image),
+            **identity(sample),
+        }
+        # A source that draws its pictures has no bytes of its own to hash: the stored ones stand for them.
+        about.setdefault("content", shards.sha256(encoded))
+        if sample.image.size != image.size:
+            about["original"] = list(sample.image.size)
+        if (name := self._name(row, sample.key)) != sample.key:
+            about["name"] = name
+        return shards.Entry(sample.key, members, about)
 
 
-def _entries(source: Source, settings: BuildConfig, indices: range, report: Report) -> Iterator[shards.Entry]:
-    for index in indices:
-        try:
-            sample = source[index]
-            captions = clean_captions(sample.captions)
-        except Rejected as rejected:
-            report.reject(rejected.reason, rejected.detail or f"sample {index}")
-            continue
-        report.accept(captions, sample.image.size)
-        yield shards.Entry(sample.key, _members(sample, captions, settings))
+def identity(sample: Sample) -> dict[str, Any]:
+    """What a removal request can name a picture by: its key, and its URL and content hash where they are known."""
+    known = {"key": sample.key, "content": sample.meta.get("sha256"), "url": sample.meta.get("url")}
+    return {name: value for name, value in known.items() if value}
 
 
-def _members(sample: Sample, captions: tuple[str, ...], settings: BuildConfig) -> dict[str, bytes]:
-    if not _KEY.fullmatch(sample.key):
-        raise ValueError(f"key {sample.key!r}: allowed are 1 to 80 of 0-9 a-z _ -")
-    if "captions" in sample.meta:
-        raise ValueError(f"sample {sample.key}: the name 'captions' in its meta is taken")
-    image = sample.image if settings.size is None else resize_crop(sample.image, settings.size)
-    return {
-        settings.image_format: encode_image(image, settings.image_format, settings.quality),
-        "txt": captions[0].encode(),
-        "json": shards.to_json({"captions": captions, **sample.meta}),
-    }
+def thumbnail(image: Image.Image) -> str:
+    """A small JPEG of the picture, base64."""
+    small = image.copy()
+    small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    return base64.b64encode(encode_image(small, "jpg", 75)).decode()
 
 
-def _make_shards(source: Source, settings: BuildConfig, out: Path, numbers: list[int]) -> Iterator[int]:
-    """Make the shards of these numbers; yields each number when it is done, in any order."""
-    if settings.workers == 0 or not numbers:
-        for number in numbers:
-            yield make_shard(source, settings, out, number)
-        return
-    workers = min(settings.workers, len(numbers))
-    # spawn: this process may have threads (torch, a progress bar), and a fork would copy their locks
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (source, settings, out))
-    try:
-        for future in as_completed([pool.submit(_work, number) for number in numbers]):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process died (out of memory?); finished shards are kept: "
-            f"run the same command again, with fewer than {workers} workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_job: tuple[Source, BuildConfig, Path]  # set in worker processes only: the source travels once, not once a shard
-
-
-def _start_worker(source: Source, settings: BuildConfig, out: Path) -> None:
-    global _job
-    _job = (source, settings, out)
-
-
-def _work(number: int) -> int:
-    return make_shard(*_job, number)
-
-
-def _samples_of(number: int, settings: BuildConfig, total: int) -> int:
-    return min(settings.samples_per_shard, total - number * settings.samples_per_shard)
-
-
-def _describe(source: Source) -> dict[str, Any]:
-    config = getattr(source, "config", None)
-    settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
-    return {"kind": type(source).__name__, "settings": settings}
-
-
-def _plan(source: Source, settings: BuildConfig) -> dict[str, Any]:
-    """What decides the bytes of the shards; the number of workers does not."""
-    made_with = {k: v for k, v in asdict(settings).items() if k != "workers"}
+def plan_of(source: Source, settings: BuildConfig) -> dict[str, Any]:
+    """What decides the bytes of the shards, which executor and workers do not; and how many shards there are."""
+    made_with = {k: v for k, v in asdict(settings).items() if k not in ("workers", "executor")}
     plan = {
         **made_with,
         "source": _describe(source),
         "samples": len(source),
+        "shards": -(-len(source) // settings.samples_per_shard),
         "version": shards.VERSION,
         "content": getattr(source, "fingerprint", ""),
     }
@@ -184,62 +213,7 @@ def _plan(source: Source, settings: BuildConfig) -> dict[str, Any]:
     return as_read
 
 
-def _claim(out: Path, plan: dict[str, Any]) -> None:
-    """Make `out` the folder of this plan, or raise ValueError: it is someone else's."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; choose a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob(".*.tmp"):
-        leftover.unlink()
-    path = out / PLAN
-    if not path.exists():
-        if any(out.iterdir()):
-            raise ValueError(f"{out} is not empty and no build started there; choose another folder")
-        shards.write_atomically(path, shards.seal(plan))
-        return
-    found = shards.unseal(path)
-    for name in sorted((plan.keys() | found.keys()) - {"content"}):
-        if plan.get(name) != found.get(name):
-            raise ValueError(
-                f"{out} holds a different build ({name}: {found.get(name)} there, {plan.get(name)} asked); "
-                "choose another folder, or delete that one"
-            )
-    if plan["content"] != found.get("content"):
-        raise ValueError(f"the source changed since the build in {out} began; delete that folder, or choose another")
-
-
-def _is_complete(out: Path, number: int) -> bool:
-    """Whether the shard is there, whole and unchanged; reads all of it."""
-    tar = out / f"{number:05d}.tar"
-    try:
-        index = shards.unseal(tar.with_suffix(".json"))
-        return not index["samples"] or shards.file_sha256(tar) == index["sha256"]
-    except (OSError, ValueError):
-        return False
-
-
-def _collect(out: Path, count: int, report: Report) -> list[shards.ShardInfo]:
-    """Add up the shards' reports and list the non-empty shards. Raises ValueError when a key repeats."""
-    infos = []
-    seen: dict[str, str] = {}
-    for number in range(count):
-        name = f"{number:05d}"
-        index = shards.unseal(out / f"{name}.json")
-        report.add(Report.from_json(index["report"]))
-        for sample in index["samples"]:
-            key = sample["key"]
-            if key in seen:
-                raise ValueError(f"duplicate key {key!r} in {seen[key]}.tar and {name}.tar: keys must be unique")
-            seen[key] = name
-        if index["samples"]:
-            infos.append(
-                shards.ShardInfo(
-                    file=f"{name}.tar",
-                    samples=len(index["samples"]),
-                    bytes=index["bytes"],
-                    sha256=index["sha256"],
-                    index=f"{name}.json",
-                    index_sha256=shards.file_sha256(out / f"{name}.json"),
-                )
-            )
-    return infos
+def _describe(source: Source) -> dict[str, Any]:
+    config = getattr(source, "config", None)
+    settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
+    return {"kind": type(source).__name__, "settings": settings}

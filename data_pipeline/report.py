@@ -43,7 +43,7 @@ class Range:
 
 @dataclass
 class Report:
-    """Delivered + rejected = samples of the source, always. Sizes are those before resizing, in pixels."""
+    """Delivered + rejected = rows of the source, always. Sizes are those before resizing, in pixels."""
 
     delivered: int = 0
     rejected: dict[str, Rejections] = field(default_factory=dict)
@@ -55,17 +55,23 @@ class Report:
     width_px: Range = field(default_factory=Range)
     height_px: Range = field(default_factory=Range)
 
-    def accept(self, captions: tuple[str, ...], size: tuple[int, int]) -> None:
-        """Count one delivered sample: its captions, and its (width, height)."""
-        self.delivered += 1
-        self.captions.add(Range.of(len(captions)))
-        self.words.add(Range.of(len(captions[0].split())))
-        self.width_px.add(Range.of(size[0]))
-        self.height_px.add(Range.of(size[1]))
-
-    def reject(self, reason: str, example: str) -> None:
-        """Count one sample turned away."""
-        self._reject(reason, 1, [example])
+    @staticmethod
+    def of(samples: Iterable[dict[str, Any]], rejected: Iterable[dict[str, Any]]) -> "Report":
+        """The counts of one shard's index; samples of version 1 do not say their sizes and captions."""
+        report = Report()
+        for sample in samples:
+            report.delivered += 1
+            if "size" in sample:
+                width, height = sample.get("original", sample["size"])
+                report.captions.add(Range.of(sample["captions"]))
+                report.words.add(Range.of(sample["words"]))
+                report.width_px.add(Range.of(width))
+                report.height_px.add(Range.of(height))
+        for row in rejected:
+            name, detail = row["name"], row["detail"]
+            example = (detail or name) if name in detail or not detail else f"{name} ({detail})"
+            report._reject(row["reason"], 1, [example])
+        return report
 
     def add(self, other: "Report") -> None:
         """Take in the numbers of another report."""
@@ -94,10 +100,11 @@ class Report:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Report":
-        """The report `to_json` described."""
-        ranges = {k: Range(**data[k]) for k in ("captions", "words", "width_px", "height_px")}
+        """The report `to_json` described; what else is in the file is left alone."""
+        ranges: dict[str, Any] = {k: Range(**data[k]) for k in ("captions", "words", "width_px", "height_px")}
         rejected = {reason: Rejections(**r) for reason, r in data["rejected"].items()}
-        return Report(**{**data, **ranges, "rejected": rejected})
+        own: dict[str, Any] = {name: data[name] for name in ("delivered", "bytes", "seconds", "kept_shards")}
+        return Report(**own, **ranges, rejected=rejected)
 
     @property
     def reasons(self) -> str:

@@ -2,35 +2,43 @@
 
     DIR/index.json       written last: what the folder holds (Info)
     DIR/00000.tar        key.png, key.txt, key.json for each sample; any WebDataset reader takes it
-    DIR/00000.json       where each member lies, its size and sha256
+    DIR/00000.json       where each member lies, its size and sha256, and what became of every row (ledger.py)
 
 The tar alone cannot tell a cut or a flipped byte from a smaller, different shard; the index can.
 """
 
 import bisect
 import hashlib
-import io
 import itertools
 import json
 import os
 import tarfile
+import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, cast
+
+from data_pipeline import storage
+from data_pipeline.durable import StagedFile
+from data_pipeline.storage import StrPath
 
 FORMAT = "ldm-shards"
-VERSION = 1
+VERSION = (
+    2  # 1 had no ledger: neither `rows` and `empty` here, nor the rows of samples and rejections in a shard's index
+)
+READABLE = (1, 2)
 INDEX = "index.json"
 _OPEN_FILES = 64  # per process; far below the usual limit of 1024
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample to write: its key and its members, extension -> bytes, in order."""
+    """One sample to write: its key, its members (extension -> bytes, in order), and what its index says besides."""
 
     key: str
     members: dict[str, bytes]
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,15 @@ class RawSample:
     image_bytes: bytes
     captions: tuple[str, ...]
     meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tar:
+    """A tar as written: for each sample {"key": k, "members": {extension: [offset, size, sha256]}, ...}."""
+
+    samples: list[dict[str, Any]]
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -56,8 +73,19 @@ class ShardInfo:
 
 
 @dataclass(frozen=True)
+class LedgerInfo:
+    """A part of the source without one usable sample: no tar, only the index that says why."""
+
+    index: str
+    index_sha256: str
+
+
+@dataclass(frozen=True)
 class Info:
-    """The folder's index. `size`: pictures are size x size pixels; None means each has its own size."""
+    """The folder's index. `size`: pictures are size x size pixels; None means each has its own size.
+
+    rows: of the source, delivered and rejected together; None where version 1 did not say.
+    """
 
     samples: int
     bytes: int
@@ -65,6 +93,8 @@ class Info:
     image_format: str
     source: dict[str, Any]
     shards: tuple[ShardInfo, ...]
+    rows: int | None = None
+    empty: tuple[LedgerInfo, ...] = ()
 
 
 def sha256(data: bytes) -> str:
@@ -72,35 +102,10 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: StrPath) -> str:
     """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either its old content or all of the new one, whatever happens."""
-    staged = staged_name(path)
-    with staged.open("wb") as file:
-        file.write(data)
-        commit(file, staged, path)
-
-
-def staged_name(path: Path) -> Path:
-    """Where a file is prepared before it takes its name: hidden, and not ending in .tar."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def commit(file: BinaryIO, staged: Path, path: Path) -> None:
-    """Flush `file` to the disk, give it its final name, and flush the name too."""
-    file.flush()
-    os.fsync(file.fileno())
-    os.replace(staged, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with storage.open_read(path) as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()  # has readinto, which BinaryIO does not say
 
 
 def to_json(value: Any) -> bytes:
@@ -113,62 +118,81 @@ def seal(value: dict[str, Any]) -> bytes:
     return to_json({**value, "seal": sha256(to_json(value))})
 
 
-def unseal(path: Path) -> dict[str, Any]:
+def unseal(path: StrPath) -> dict[str, Any]:
     """What `seal` wrote to a file. Raises ValueError when it is missing or damaged."""
     try:
-        value: dict[str, Any] = json.loads(path.read_bytes())
-        if value.pop("seal") == sha256(to_json(value)):
+        data = storage.read(path)
+        value: dict[str, Any] = json.loads(data)
+        del value["seal"]
+        if data == seal(value):
             return value
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise ValueError(f"{path} is missing or damaged; build the folder again")
 
 
-def write_tar(path: Path, entries: Iterable[Entry]) -> list[dict[str, Any]]:
-    """Write one shard; the same entries give the same bytes. No entries, no file.
-
-    Returns the samples for the per-shard index: [{"key": k, "members": {extension: [offset, size, sha256]}}].
-    """
+def write_tar(path: StrPath, entries: Iterable[Entry]) -> Tar:
+    """Write one shard; the same entries give the same bytes. No entries, no file."""
+    if storage.is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            tar = write_tar(Path(folder, "tar"), entries)
+            if tar.samples:
+                storage.upload(Path(folder, "tar"), path)
+        return tar
     samples: list[dict[str, Any]] = []
-    staged = staged_name(path)
-    with staged.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for entry in entries:
-                places = {ext: _add(tar, f"{entry.key}.{ext}", data) for ext, data in entry.members.items()}
-                samples.append({"key": entry.key, "members": places})
-        if samples:
-            commit(file, staged, path)
-    if not samples:
-        staged.unlink()
-    return samples
+    with StagedFile(Path(path)) as file:
+        for entry in entries:
+            places = {extension: _add(file, f"{entry.key}.{extension}", d) for extension, d in entry.members.items()}
+            samples.append({"key": entry.key, **entry.about, "members": places})
+        if not samples:
+            file.discard()
+            return Tar([], 0, "")
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
+        file.write(bytes(-file.size % tarfile.RECORDSIZE))
+    return Tar(samples, file.size, file.sha256)
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> list[Any]:
-    header = tarfile.TarInfo(name)  # time, owner and group stay 0, so that bytes depend on content only
-    header.size = len(data)
+def tar_header(name: str, size: int) -> bytes:
+    """The 512 bytes before a member; time, owner and group stay 0, so that they depend on name and size only."""
+    header = tarfile.TarInfo(name)
+    header.size = size
     header.mode = 0o644
-    tar.addfile(header, io.BytesIO(data))
-    padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    return [tar.offset - padded, len(data), sha256(data)]
+    return header.tobuf(tarfile.USTAR_FORMAT)
 
 
-def write_index(folder: Path, info: Info) -> None:
+def members_in_order(sample: dict[str, Any]) -> list[str]:
+    """The extensions of a sample's members as they follow each other in the tar; JSON keeps them by name."""
+    return sorted(sample["members"], key=lambda extension: int(sample["members"][extension][0]))
+
+
+def _add(file: StagedFile, name: str, data: bytes) -> list[Any]:
+    file.write(tar_header(name, len(data)))
+    offset = file.size
+    file.write(data)
+    file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+    return [offset, len(data), sha256(data)]
+
+
+def write_index(folder: StrPath, info: Info) -> None:
     """Declare the folder complete."""
-    write_atomically(folder / INDEX, seal({"format": FORMAT, "version": VERSION, **asdict(info)}))
+    storage.write(storage.join(folder, INDEX), seal({"format": FORMAT, "version": VERSION, **asdict(info)}))
 
 
-def read_index(folder: Path) -> Info:
+def read_index(folder: StrPath) -> Info:
     """The index of a shard folder. Raises ValueError when it is not one, or not complete."""
-    if not folder.is_dir():
+    if not storage.is_folder(folder):
         raise ValueError(f"no folder {folder}; build one with: ldm data build SOURCE {folder}")
-    path = folder / INDEX
-    if not path.exists():
+    path = storage.join(folder, INDEX)
+    if not storage.exists(path):
         raise ValueError(f"{folder} has no {INDEX}: not a shard folder; build one with: ldm data build")
     data = unseal(path)
-    found = f"{data.pop('format', 'no format')} version {data.pop('version', None)}"
-    if found != f"{FORMAT} version {VERSION}":
-        raise ValueError(f"{path} is {found}; this program reads {FORMAT} version {VERSION}")
-    return Info(**{**data, "shards": tuple(ShardInfo(**s) for s in data["shards"])})
+    found, version = data.pop("format", "no format"), data.pop("version", None)
+    if found != FORMAT or version not in READABLE:
+        readable = " and ".join(map(str, READABLE))
+        raise ValueError(f"{path} is {found} version {version}; this program reads {FORMAT} versions {readable}")
+    listed = tuple(ShardInfo(**s) for s in data.pop("shards"))
+    empty = tuple(LedgerInfo(**s) for s in data.pop("empty", ()))
+    return Info(**data, shards=listed, empty=empty)
 
 
 class ShardDataset:
@@ -178,7 +202,7 @@ class ShardDataset:
     processes; one object is not for several threads.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
         self.info = read_index(self.path)
         for shard in self.info.shards:
@@ -209,9 +233,9 @@ class ShardDataset:
 
     def damaged(self) -> list[str]:
         """Read every shard whole and name each file that is not as it was written; [] when all is well."""
-        named = [
-            (name, digest) for s in self.info.shards for name, digest in ((s.file, s.sha256), (s.index, s.index_sha256))
-        ]
+        named = [(s.file, s.sha256) for s in self.info.shards]
+        named += [(s.index, s.index_sha256) for s in self.info.shards]
+        named += [(s.index, s.index_sha256) for s in self.info.empty]
         return [
             name for name, digest in named if not (self.path / name).exists() or file_sha256(self.path / name) != digest
         ]

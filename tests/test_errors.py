@@ -122,4 +122,4 @@ def test_bad_pictures_are_counted_not_fatal(tmp_path: Path, monkeypatch: pytest.
     rejected = {
         reason: entry if isinstance(entry, int) else entry["count"] for reason, entry in report["rejected"].items()
     }
-    assert rejected == {"caption is not UTF-8": 1, "no caption": 1, "unreadable image": 1}
+    assert rejected == {"caption is not UTF-8": 1, "no caption": 1, "truncated image": 1}

@@ -24,7 +24,8 @@ class Sample:
 
     key: unique in its source, 1 to 80 of [0-9a-z_-] (webdataset splits names at the first dot).
     image: RGB, any size.      captions: at least one, none empty; the first is the main one.
-    meta: what else is known, JSON-able.
+    meta: what else is known, JSON-able. Names with a meaning: `sha256` of the encoded picture, `url`, `scores`
+    (name -> number), `weight` of the sample, `weights` of its captions, `repeats` an epoch.
     """
 
     key: str
@@ -46,4 +47,8 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Sample:
         """Sample `index` of 0 .. len - 1. Raises Rejected."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What row `index` is called where it comes from (a path, an address, a key), whether usable or not."""
         ...

@@ -134,6 +134,10 @@ class EmojiSource:
         }
         return Sample(key, image, tuple(c for c in emoji.captions if c), meta)
 
+    def name(self, index: int) -> str:
+        """The characters and their CLDR name."""
+        return f"{self.emoji[index].text} {self.emoji[index].name}"
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_glyphs": None}  # an open font does not travel to another process
 

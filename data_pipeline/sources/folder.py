@@ -1,35 +1,50 @@
-"""A folder of pictures with captions beside them."""
+"""A folder of pictures with captions beside them, here or far away, in the layouts that are in use.
 
-import csv
+The caption of a picture is the first of these that it has:
+  1. the file of the same stem with .txt, or else .caption: one caption a line;
+  2. its rows in a metadata table, the one in the nearest folder above it;
+  3. with caption_from_name: its own file name, without the suffix and with - and _ as spaces;
+  4. in kohya's layout: the name in its folder's name.
+"""
+
 import hashlib
-import io
-import json
-import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from data_pipeline import storage
 from data_pipeline.captions import clean_captions, decode_caption
-from data_pipeline.images import MAX_PIXELS, SUFFIXES, load_image
+from data_pipeline.images import MAX_PIXELS, SUFFIXES
 from data_pipeline.sources import Rejected, Sample
+from data_pipeline.sources.columns import Columns, Roles, choose
+from data_pipeline.sources.pictures import file_key, make_sample, read_picture
+from data_pipeline.sources.rows import open_table
 
 CAPTION_SUFFIXES = (".txt", ".caption")
-METADATA = ("metadata.jsonl", "metadata.csv")
+LAYOUTS = ("auto", "plain", "kohya")
+_METADATA = re.compile(r"(?:.*/)?metadata\.(?:csv|tsv|jsonl|ndjson|parquet)")
+_REPEATS = re.compile(r"(\d+)_(.+)")
 
 
 @dataclass(frozen=True)
-class FolderConfig:
+class FolderConfig(Columns):
     """path: the folder, searched with all below it. min_side_px, max_pixels: smaller or
     larger pictures are rejected.
 
-    Captions: a file with the same stem and .txt or .caption, one caption a line; else the folder's
-    metadata.jsonl or metadata.csv with the columns file_name and text or caption (in .jsonl also a list).
+    Captions: a file with the same stem and .txt or .caption, one caption a line; else the row of metadata.jsonl,
+    .csv or .parquet with the columns file_name (relative to the table) and text or caption, which may be a list.
+
+    layout: "kohya" takes the folders N_name right below `path` as N repeats of their pictures, with name as the
+    caption where there is no other; pictures elsewhere are rejected. "plain" gives names of folders no meaning.
+    "auto" is kohya when the pictures lie in such folders only. caption_from_name: see the order above.
     """
 
     path: str = ""
     min_side_px: int = 1
     max_pixels: int = MAX_PIXELS
+    layout: str = "auto"
+    caption_from_name: bool = False
 
 
 class FolderSource:
@@ -37,99 +52,126 @@ class FolderSource:
 
     def __init__(self, config: FolderConfig) -> None:
         self.config = config
-        root = Path(config.path)
-        if not config.path or not root.is_dir():
-            kind = "is not a folder" if config.path and root.exists() else "does not exist"
+        if config.layout not in LAYOUTS:
+            raise ValueError(f"layout={config.layout!r}: allowed are {', '.join(LAYOUTS)}")
+        if not config.path or not storage.is_folder(config.path):
+            kind = "is not a folder" if config.path and storage.exists(config.path) else "does not exist"
             raise ValueError(f"source folder {config.path!r} {kind}")
-        files = _files(root)
-        self._captions = _read_metadata(root, set(files))
-        found = {f for f in files if f.lower().endswith(SUFFIXES)}
+        files = storage.list_files(config.path)
+        self._files = frozenset(f.name for f in files)
+        self._described = _read_metadata(config, self._files)
+        found = {f for f in self._files if f.lower().endswith(SUFFIXES)}
         if not found:
             raise ValueError(f"source folder {config.path!r} has no pictures ({', '.join(SUFFIXES)})")
         # A picture that the metadata names but that is not there is rejected by name, not forgotten.
-        self._names = sorted(found | self._captions.keys())
-        self._files = frozenset(files)
-        self.fingerprint = _fingerprint(root, files)
+        self._names = sorted(found | self._described.keys())
+        self._kohya = config.layout == "kohya" or (config.layout == "auto" and _is_kohya(config.path, found))
+        listed = "".join(f"{f.name}\0{f.size}\0{f.version}\n" for f in files)
+        self.fingerprint = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Sample:
-        """Picture `index`. Raises Rejected."""
+        """Picture `index`. Raises Rejected, IndexError."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
         name = self._names[index]
         try:
-            if name not in self._files:
-                raise Rejected("missing image")
-            captions = clean_captions(self._texts(name))
-            image = load_image(Path(self.config.path, name), self.config.max_pixels)
-            if min(image.size) < self.config.min_side_px:
-                raise Rejected("too small", f"{image.width} x {image.height}")
+            sample = self._sample(name)
+            if min(sample.image.size) < self.config.min_side_px:
+                raise Rejected("too small", f"{sample.image.width} x {sample.image.height}")
         except Rejected as rejected:
-            raise Rejected(rejected.reason, f"{name} ({rejected.detail})" if rejected.detail else name) from rejected
-        meta = {"file": name, "width": image.width, "height": image.height}
-        return Sample(file_key(name), image, captions, meta)
+            shown = self.name(index)
+            raise Rejected(rejected.reason, f"{shown} ({rejected.detail})" if rejected.detail else shown) from rejected
+        return sample
 
-    def _texts(self, name: str) -> list[str]:
+    def name(self, index: int) -> str:
+        """The path within the folder."""
+        return _shown(self._names[index])
+
+    def _sample(self, name: str) -> Sample:
+        if name not in self._files:
+            raise Rejected("missing image")
+        repeats = _REPEATS.fullmatch(name.partition("/")[0]) if self._kohya and "/" in name else None
+        if self._kohya and not repeats:
+            raise Rejected("not in a folder N_name", "layout=plain takes it")
+        captions, meta = self._captions(name, repeats[2] if repeats else "")
+        meta["file"] = _shown(name)
+        if repeats:
+            meta["repeats"] = int(repeats[1])
+        data = read_picture(storage.join(self.config.path, name))
+        return make_sample(file_key(name), data, captions, meta, self.config.max_pixels)
+
+    def _captions(self, name: str, class_tokens: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """The captions by the order above, and what metadata say besides, whoever gives the captions."""
         stem = name.rpartition(".")[0]
-        for suffix in CAPTION_SUFFIXES:
-            if stem + suffix in self._files:
-                return decode_caption(Path(self.config.path, stem + suffix).read_bytes()).splitlines()
-        if name not in self._captions:
-            raise Rejected("no caption")
-        return self._captions[name]
+        rows = self._described.get(name, [])
+        meta: dict[str, Any] = {}
+        for roles, row in rows:
+            meta |= roles.about(row)
+        beside = next((stem + s for s in CAPTION_SUFFIXES if stem + s in self._files), "")
+        if beside:
+            text = decode_caption(storage.read(storage.join(self.config.path, beside)))
+            return clean_captions(text.splitlines()), meta
+        if rows:
+            total: dict[str, float] = {}
+            for caption, weight in (item for roles, row in rows for item in roles.weighted(row).items()):
+                total[caption] = total.get(caption, 0.0) + weight
+            captions = clean_captions(total)
+            if any(roles.caption_weights for roles, _ in rows):
+                meta["weights"] = [total[c] for c in captions]
+            return captions, meta
+        if self.config.caption_from_name:
+            return clean_captions([re.sub("[-_]+", " ", stem.rpartition("/")[2])]), meta
+        if class_tokens:
+            return clean_captions([class_tokens]), meta
+        raise Rejected("no caption")
 
 
-def file_key(name: str) -> str:
-    """A relative path -> a key: readable, plus 8 digits of its hash, so that different paths never meet."""
-    slug = re.sub(r"[^0-9a-z]+", "-", name.rpartition(".")[0].lower()).strip("-")[-60:]
-    return f"{slug}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}".lstrip("-")
+def _shown(name: str) -> str:
+    """A file's name as text: what is not UTF-8 in it becomes a question mark in a box."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _files(root: Path) -> list[str]:
-    """Relative paths of all files that are not hidden, sorted, with / between folders."""
-    names = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        names += [Path(folder, f).relative_to(root).as_posix() for f in files if not f.startswith(".")]
-    return sorted(names)
+def _is_kohya(path: str, pictures: Iterable[str]) -> bool:
+    """Whether all pictures lie in folders N_name. ValueError when some do: a guess would be wrong for the others."""
+    tops = {name.partition("/")[0] if "/" in name else "." for name in pictures}
+    named = {top for top in tops if _REPEATS.fullmatch(top)}
+    if named and named != tops:
+        raise ValueError(
+            f"source folder {path!r}: {min(named)!r} looks like kohya's N_name (N repeats), {min(tops - named)!r} does "
+            "not; say layout=kohya to use only the first kind, or layout=plain to use all without repeats"
+        )
+    return bool(named)
 
 
-def _fingerprint(root: Path, files: list[str]) -> str:
-    digest = hashlib.sha256()
-    for name in files:
-        stat = (root / name).stat()
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+Described = dict[str, list[tuple[Roles, dict[str, Any]]]]
 
 
-def _read_metadata(root: Path, files: set[str]) -> dict[str, list[str]]:
-    """file_name -> captions from metadata.jsonl or .csv; {} without one. ValueError names the line."""
-    captions: dict[str, list[str]] = {}
-    for name in METADATA:
-        if name not in files:
-            continue
-        try:
-            text = (root / name).read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{root / name} is not UTF-8 (byte {error.start})") from error
-        for line, row in _rows(name, text):
-            value = row.get("text", row.get("caption")) if isinstance(row, dict) else None
-            texts: list[Any] = value if isinstance(value, list) else [value]
-            if not all(isinstance(t, str) for t in texts) or not isinstance(row.get("file_name"), str):
-                raise ValueError(f"{root / name}, line {line}: needs file_name and text (or caption)")
-            captions.setdefault(Path(row["file_name"]).as_posix(), []).extend(texts)
-    return captions
-
-
-def _rows(name: str, text: str) -> list[tuple[int, Any]]:
-    if name.endswith(".csv"):
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        return [(reader.line_num, row) for row in reader]
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
+def _read_metadata(config: FolderConfig, files: Iterable[str]) -> Described:
+    """Picture -> its rows in the metadata table of the nearest folder. ValueError names the table and the row."""
+    tables = sorted((f for f in files if _METADATA.fullmatch(f)), key=lambda f: (f.count("/"), f))
+    found: Described = {}
+    for table in tables:  # nearer to the picture comes later, and wins
+        folder = table.rpartition("/")[0]
+        here: Described = {}
+        rows = open_table(storage.join(config.path, table))
+        known: dict[tuple[str, ...], Roles] = {}  # rows of JSON lines may differ in their names
+        for number in range(len(rows)):
+            problem, row = "", {}
             try:
-                rows.append((number, json.loads(line)))
-            except json.JSONDecodeError:
-                rows.append((number, None))
-    return rows
+                row = rows[number]
+            except Rejected as rejected:
+                problem = f" ({rejected})"
+            if (names := tuple(row)) not in known:
+                known[names] = choose(config, names, table)
+            roles = known[names]
+            file = row.get(roles.path)
+            if not isinstance(file, str) or not file or not roles.captions:
+                where = f"{storage.join(config.path, table)}, {rows.place(number)}"
+                raise ValueError(f"{where}: needs file_name and text (or caption){problem}")
+            name = "/".join(part for part in f"{folder}/{file}".split("/") if part not in ("", "."))
+            here.setdefault(name, []).append((roles, row))
+        found |= here
+    return found

@@ -266,8 +266,12 @@ class ShapesSource:
         objects = int(rng.choice(counts, p=weights / weights.sum()))
         scene = compose(objects, config.split, rng)
         return Sample(
-            key=f"shapes-{config.split}-{config.seed}-{index:07d}",
+            key=self.name(index),
             image=draw(scene, config.size, rng),
             captions=captions(scene),
             meta={"objects": objects, "heldout": scene.held_out},
         )
+
+    def name(self, index: int) -> str:
+        """The key: a drawn scene comes from nowhere else."""
+        return f"shapes-{self.config.split}-{self.config.seed}-{index:07d}"

@@ -1,7 +1,7 @@
 """The latent denoiser: text to latents, in the space of a frozen autoencoder."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.names import known
 from ldm.pipeline import Pipeline, Request
 from ldm.training.importance import LossSecondMoment
+from ldm.training.latents import latents_of
 from ldm.training.randomness import SampleRandomness
 from ldm.training.tasks import Metrics, Task, TaskConfig, bare, freeze
 from ldm.types import Conditioning
@@ -65,6 +66,7 @@ class DenoisingTask(Task):
         self.diffusion = Diffusion.from_config(config.diffusion).for_size(*[size // autoencoder.factor] * 2)
         self._check_fit()
         self.denoiser = ARCHITECTURES[config.architecture](self.network)
+        self._embeddings: dict[str, Conditioning] = {}
         self.importance = LossSecondMoment()
         if config.diffusion.timesteps == "loss_second_moment":
             self.remembered = ("importance",)
@@ -88,7 +90,10 @@ class DenoisingTask(Task):
                 )
 
     def losses(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, Metrics]]:
-        loss = self._loss(batch, step).mean()
+        loss = self._loss(batch, step)
+        if batch.weights is not None:
+            loss = loss * batch.weights
+        loss = loss.mean()
         yield "denoiser", loss, {"loss": loss.detach()}
 
     def validate(self, batch: Batch) -> Metrics:
@@ -142,17 +147,46 @@ class DenoisingTask(Task):
 
     def _diffused(self, latent: Tensor, cond: Conditioning, random: SampleRandomness, u: Tensor) -> Tensor:
         noise = random.normal("noise", tuple(latent.shape[1:]))
-        return self.diffusion.loss(self.denoiser, latent, cond, noise=noise, u=u, more=random.normal)
+        diffusion = self.diffusion.for_size(*latent.shape[-2:])
+        return diffusion.loss(self.denoiser, latent, cond, noise=noise, u=u, more=random.normal)
 
     @torch.no_grad()
     def _encode(self, batch: Batch, random: SampleRandomness, dropout: float) -> tuple[Tensor, Conditioning]:
-        dropped = (random.uniform("caption dropout") < dropout).tolist()
-        captions = [
-            self.config.null_prompt if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)
-        ]
-        side = self.size // self.autoencoder.factor
-        noise = random.normal("posterior", (self.autoencoder.latent_channels, side, side))
-        cond: Conditioning = self.text(captions)
+        cond = self._told(batch, random.uniform("caption dropout") < dropout)
+        if batch.moments is None:
+            height, width = (side // self.autoencoder.factor for side in batch.image.shape[-2:])
+        else:
+            height, width = batch.moments.shape[-2:]
         if getattr(self.network, "size_dim", 0):
-            cond = cond.sized(self.size, self.size)
-        return self.autoencoder.encode(batch.image, noise), cond
+            pixels = (height * self.autoencoder.factor, width * self.autoencoder.factor)
+            cond = cond.sized(*pixels) if batch.sizes is None else replace(cond, sizes=batch.sizes)
+        noise = random.normal("posterior", (self.autoencoder.latent_channels, height, width))
+        if batch.moments is None:
+            return self.autoencoder.encode(batch.image, noise), cond
+        return latents_of(self.autoencoder, batch.moments, noise), cond
+
+    def _told(self, batch: Batch, dropped: Tensor) -> Conditioning:
+        """What the text encoder makes of the captions, or made of them before; `dropped` [B] get the null prompt."""
+        prompts = [
+            self.config.null_prompt if drop else caption
+            for drop, caption in zip(dropped.tolist(), batch.captions, strict=True)
+        ]
+        if not batch.text:
+            told: Conditioning = self.text(prompts)
+            return told
+        rows: dict[str, Any] = dict(batch.text)
+        empty = torch.tensor([not caption for caption in batch.captions], device=dropped.device)
+        for prompt, where in ((self.config.null_prompt, dropped), ("", empty & ~dropped)):
+            if where.any():
+                known = self._embedding(prompt)
+                rows = {
+                    name: torch.where(where.view(-1, *[1] * (v.dim() - 1)), getattr(known, name).to(v), v)
+                    for name, v in rows.items()
+                }
+        return Conditioning(**rows)
+
+    def _embedding(self, prompt: str) -> Conditioning:
+        """Of one prompt that comes again and again, computed once."""
+        if prompt not in self._embeddings:
+            self._embeddings[prompt] = self.text([prompt])
+        return self._embeddings[prompt]

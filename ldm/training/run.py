@@ -15,7 +15,10 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import Batch
-from data_pipeline.loader import DataConfig, Loader, fixed_batch
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import Loader, fixed_batch, open_data
+from data_pipeline.reader import ShardReader
+from data_pipeline.samples import size_of
 from data_pipeline.shards import ShardDataset
 from ldm.checkpoints.load import load_model
 from ldm.checkpoints.model import load_tensors
@@ -27,6 +30,7 @@ from ldm.training.classifier import ClassifierTask, ClassifierTaskConfig
 from ldm.training.contrastive import ContrastiveTask, ContrastiveTaskConfig
 from ldm.training.denoising import DenoisingTask, DenoisingTaskConfig
 from ldm.training.engine import Inspection, TrainConfig, train
+from ldm.training.latents import check_cache
 from ldm.training.metrics import clock
 from ldm.training.randomness import seed_torch
 from ldm.training.state import TrainState
@@ -49,6 +53,8 @@ FREE = (
     "save_steps",
     "keep",
     "data.workers",
+    "data.copies",
+    "data.copies_mb",
     "init",
 )
 """Settings that may differ when a run is resumed; any other change would make it another run."""
@@ -80,9 +86,10 @@ def run(config: RunConfig) -> TrainState:
     rank, world = accelerator.process_index, accelerator.num_processes
     set_backend(config.attention, accelerator.device)
     out = Path(config.out)
-    dataset, task = build(config)
+    data, task = build(config)
     loader_arguments = dict(batch_size=config.batch_size, seed=config.seed, rank=rank, world=world)
-    Loader(dataset, config.data, **loader_arguments)  # refuses what cannot work before anything is written
+    loader = Loader(data, config.data, **loader_arguments)  # refuses what cannot work before anything is written
+    check_data(loader, task)
     if (config.batch_size // world) < config.accumulate:
         raise ValueError(
             f"accumulate={config.accumulate} needs at least that many samples per process; "
@@ -92,32 +99,47 @@ def run(config: RunConfig) -> TrainState:
     with own_folder(out, config, main=accelerator.is_main_process):
         if config.init and not (out / "checkpoints").is_dir():
             start_from(task, config.init)
-        text = summary(config, dataset, task)  # on every process: counting FLOP runs the losses, which gather
+        text = summary(config, data, task)  # on every process: counting FLOP runs the losses, which gather
         if accelerator.is_main_process:
             log.info("%s", text)
 
         def batches(start: int) -> Iterator[Batch]:
-            return iter(Loader(dataset, config.data, start=start, **loader_arguments))
+            return iter(Loader(data, config.data, start=start, **loader_arguments))
 
-        return train(task, batches, inspection(config, dataset), config, out, accelerator)
+        return train(task, batches, inspection(config, data), config, out, accelerator)
 
 
-def build(config: RunConfig) -> tuple[ShardDataset, Task]:
+def build(config: RunConfig) -> tuple[list[ShardReader], Task]:
     """The data and the task with its initial weights, which depend on the seed alone."""
-    dataset = ShardDataset(Path(config.data.path))
-    size = config.data.size or dataset.info.size
+    data = open_data(config.data)
     task_class, _ = TASKS[config.task.kind]
+    size = size_of(data, config.data)
     seed_torch(config.seed, "initial weights")
-    return dataset, task_class(config.task, size=size, seed=config.seed)
+    return data, task_class(config.task, size=size, seed=config.seed)
 
 
-def inspection(config: RunConfig, dataset: ShardDataset) -> Inspection:
+def check_data(loader: Loader, task: Task) -> None:
+    """Raise ValueError where the task cannot learn from such batches."""
+    config = loader.config
+    if not isinstance(task, DenoisingTask):
+        if config.buckets or config.caches:
+            raise ValueError("data.buckets and data.cache are for task.kind=denoising")
+        return
+    multiple = task.autoencoder.factor * getattr(task.denoiser, "factor", 1)
+    for width, height in loader.shapes:
+        if width % multiple or height % multiple:
+            raise ValueError(f"pictures of {width} x {height} px: the sides must be multiples of {multiple}")
+    for cache in loader.caches:
+        check_cache(cache, task.autoencoder, task.text)
+
+
+def inspection(config: RunConfig, data: list[ShardReader]) -> Inspection:
     """Fixed samples to validate on, and to picture (from the validation data if there is any)."""
     if not config.validation:
-        return Inspection(None, fixed_batch(dataset, config.data, min(16, len(dataset))))
+        return Inspection(None, fixed_batch(data, config.data, min(16, sum(map(len, data)))))
     held_out = ShardDataset(Path(config.validation))
-    data = DataConfig(path=config.validation, size=config.data.size or dataset.info.size)
-    validation = fixed_batch(held_out, data, min(config.validation_samples, len(held_out)))
+    plain_data = DataConfig(path=config.validation, size=size_of(data, config.data))
+    validation = fixed_batch(held_out, plain_data, min(config.validation_samples, len(held_out)))
     return Inspection(validation, validation.split(-(-len(validation) // 16))[0])
 
 
@@ -133,27 +155,28 @@ def start_from(task: Task, model: str) -> None:
     log.info("starting from %s: %s", found.folder, ", ".join(trained))
 
 
-def summary(config: RunConfig, dataset: ShardDataset, task: Task) -> str:
+def summary(config: RunConfig, data: list[ShardReader], task: Task) -> str:
     """Parameter counts, memory and arithmetic of the run, as text."""
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in task.components().items()}
     trained = sum(p.numel() for name in task.trained for p in getattr(task, name).parameters())
     frozen = max(0, sum(counts.values()) - trained)
     # float32 weights, gradients, two moments and the average; activations come on top
     gib = (trained * 4 * 5 + frozen * 4) / 2**30
-    flop = flop_per_sample(task, dataset, config.data)
+    flop = flop_per_sample(task, data, config.data)
     lines = [f"{name}: {count / 1e6:.2f} M parameters" for name, count in counts.items()]
     lines.append(f"trained: {trained / 1e6:.2f} M; weights, optimizer and average take {gib:.2f} GiB")
     lines.append(
         f"{flop / 1e9:.2f} GFLOP a sample, forward and backward; {flop * config.samples / 1e12:.1f} TFLOP in all "
         f"(at 100 GFLOP/s: {clock(flop * config.samples / 1e11)})"
     )
-    lines.append(f"{len(dataset)} samples in {config.data.path}; {config.samples / len(dataset):.1f} epochs")
+    samples = sum(map(len, data))
+    lines.append(f"{samples} samples in {', '.join(config.data.paths)}; {config.samples / samples:.1f} epochs")
     return "\n".join(lines)
 
 
-def flop_per_sample(task: Task, dataset: ShardDataset, data: DataConfig) -> float:
+def flop_per_sample(task: Task, data: list[ShardReader], config: DataConfig) -> float:
     """Matrix and convolution FLOP of a training step, per sample (1 multiply-add = 2)."""
-    batch = fixed_batch(dataset, data, min(2, len(dataset)))
+    batch = fixed_batch(data, config, min(2, sum(map(len, data))))
     buffers = {name: b.clone() for name, b in task.named_buffers()}
     counter = FlopCounterMode(display=False)
     with counter:
@@ -216,5 +239,5 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def describe(config: RunConfig) -> str:
     """What `--dry-run` prints: the resolved config, then the summary. Writes nothing."""
-    dataset, task = build(config)
-    return f"{to_yaml(config)}\n{summary(config, dataset, task)}"
+    data, task = build(config)
+    return f"{to_yaml(config)}\n{summary(config, data, task)}"

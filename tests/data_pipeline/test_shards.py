@@ -1,21 +1,29 @@
 """Shards: what is written is what is read, by us and by webdataset; every damage is named."""
 
+import gzip
 import io
 import json
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
 from PIL import Image
 
+from data_pipeline.build import BuildConfig, build
 from data_pipeline.images import resize_crop
-from data_pipeline.shards import Entry, Info, RawSample, ShardDataset, write_index, write_tar
+from data_pipeline.ledger import read_ledger
+from data_pipeline.shards import Entry, Info, RawSample, ShardDataset, Tar, write_index, write_tar
 from data_pipeline.sources.folder import FolderSource
+from data_pipeline.sources.shapes import ShapesConfig, ShapesSource
+from data_pipeline.verify import verify
 
 
 def test_delivers_every_sample_of_the_source_in_order(source: FolderSource, dataset: ShardDataset) -> None:
@@ -48,13 +56,13 @@ def test_tar_bytes_depend_on_content_only(tmp_path: Path) -> None:
     assert (tmp_path / "0.tar").read_bytes() == (tmp_path / "x" / "1.tar").read_bytes()
     with tarfile.open(tmp_path / "0.tar") as tar:
         members = {m.name: (m.offset_data, m.size) for m in tar}
-    places = {f"{s['key']}.{e}": tuple(p[:2]) for s in first for e, p in s["members"].items()}
+    places = {f"{s['key']}.{e}": tuple(p[:2]) for s in first.samples for e, p in s["members"].items()}
     assert places == members
     assert sorted(os.listdir(tmp_path)) == ["0.tar", "x"]
 
 
 def test_no_entries_no_file(tmp_path: Path) -> None:
-    assert write_tar(tmp_path / "0.tar", []) == []
+    assert write_tar(tmp_path / "0.tar", []) == Tar([], 0, "")
     assert not list(tmp_path.iterdir())
 
 
@@ -161,5 +169,147 @@ def test_other_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("data_pipeline.shards.VERSION", 99)
         write_index(tmp_path, Info(0, 0, None, "png", {}, ()))
-    with pytest.raises(ValueError, match="ldm-shards version 99; this program reads ldm-shards version 1"):
+    with pytest.raises(ValueError, match="ldm-shards version 99; this program reads ldm-shards versions 1 and 2"):
         ShardDataset(tmp_path)
+
+
+def rewritten(names: list[str], contents: dict[str, bytes]) -> bytes:
+    """A tar of these members, as another tool would write it."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            data = contents[name]
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def damages(tar: Path, sample: dict[str, Any]) -> dict[str, bytes]:
+    """13 ways in which webdataset 1.0.2 was seen to lose or alter samples, most of them without an error."""
+    whole = tar.read_bytes()
+    image, size, _ = sample["members"]["png"]
+    first = min(place[0] for place in sample["members"].values()) - 512
+    with tarfile.open(tar) as opened:
+        members = {m.name: opened.extractfile(m).read() for m in opened}  # type: ignore[union-attr]
+    names = list(members)
+    text = sample["members"]["txt"][0]
+
+    def renamed(rename: Callable[[str], str]) -> bytes:
+        return rewritten([rename(n) for n in names], {rename(n): data for n, data in members.items()})
+
+    return {
+        "cut inside a picture": whole[: image + size // 2],
+        "cut at a header": whole[: image - 300],
+        "cut between two samples": whole[:first],
+        "a header byte flipped": whole[: first + 5] + bytes([whole[first + 5] ^ 1]) + whole[first + 6 :],
+        "zeros inside": whole[:first] + bytes(1024) + whole[first:],
+        "a payload byte flipped": whole[: image + 9] + bytes([whole[image + 9] ^ 1]) + whole[image + 10 :],
+        "empty": b"",
+        "a key twice": rewritten(names[:3] + names[:3] + names[6:], members),
+        "all pictures, then all texts": rewritten(sorted(names, key=lambda n: n[-3:]), members),
+        "a dot in a key": renamed(lambda name: name.replace("-", ".", 1)),
+        "a path for a key": renamed(lambda name: f"../../{name}"),
+        "a caption in Latin-1": whole[:text] + b"\xe9" + whole[text + 1 :],
+        "another compression": gzip.compress(whole),
+    }
+
+
+def test_13_kinds_of_damage_are_named(copy: Path) -> None:
+    sample = read_ledger(copy / "00001.json").samples[3]
+    tar = copy / "00001.tar"
+    whole, found = tar.read_bytes(), damages(tar, sample)
+    assert len(found) == 13
+    for kind, data in found.items():
+        tar.write_bytes(data)
+        said = verify(copy)
+        assert said and all(line.startswith("00001.tar: ") for line in said), kind
+    tar.write_bytes(found["a payload byte flipped"])
+    assert verify(copy) == [f"00001.tar: row 13, {sample['key']}: png damaged"]
+    tar.write_bytes(found["a header byte flipped"])
+    assert verify(copy) == [f"00001.tar: row 13, {sample['key']}: header of png damaged"]
+    tar.unlink()
+    assert verify(copy) == ["00001.tar: is missing"]
+    tar.write_bytes(whole)
+    assert verify(copy) == []
+    (copy / "00002.json").unlink()
+    assert verify(copy) == ["00002.json: is missing"]
+
+
+def mutate(folder: Path, chance: random.Random) -> Path:
+    """One random change to one file: bytes flipped, cut, inserted, doubled, zeroed, swapped; or the file is gone."""
+    path = chance.choice(sorted(folder.iterdir()))
+    data = bytearray(path.read_bytes())
+    a, b = sorted(chance.randrange(len(data) + 1) for _ in range(2))
+    kind = chance.randrange(8)
+    if kind == 0:
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    elif kind == 1:
+        del data[a:]
+    elif kind == 2:
+        del data[a:b]
+    elif kind == 3:
+        data[a:a] = chance.randbytes(chance.choice((1, 16, 512, 1024)))
+    elif kind == 4:
+        data[a:b] = bytes(b - a)
+    elif kind == 5:
+        data += data[a:b] or b"x"
+    elif kind == 6:
+        data[a:b] = data[a:b][::-1]
+    else:
+        path.unlink()
+        return path
+    path.write_bytes(data)
+    return path
+
+
+def delivered(folder: Path, expected: list[RawSample]) -> bool:
+    """Read everything. True when all is as written; False when the damage was named. Anything else fails."""
+    try:
+        dataset = ShardDataset(folder)
+        got = [dataset[i] for i in range(len(dataset))]
+        dataset.close()
+    except (ValueError, RuntimeError) as error:
+        assert str(folder) in str(error)
+        return False
+    assert got == expected
+    return True
+
+
+def test_1000_random_mutations_are_named_or_harmless(tmp_path: Path) -> None:
+    """Delivered + rejected = written, or the damage is named. In a child, so that nothing can take the tests along."""
+    folder = tmp_path / "whole"
+    build(ShapesSource(ShapesConfig(count=7)), BuildConfig(size=32, samples_per_shard=4), folder)
+    for other in ("build.json", "report.json"):  # no sample depends on them
+        (folder / other).unlink()
+    dataset = ShardDataset(folder)
+    expected = [dataset[i] for i in range(len(dataset))]
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            named = check_mutations(folder, files, expected)
+            status = 0 if named > 900 else 2  # the rest changed nothing, or only what no sample needs
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def check_mutations(folder: Path, files: dict[str, bytes], expected: list[RawSample]) -> int:
+    chance = random.Random(0)
+    named = 0
+    for _ in range(1000):
+        path = mutate(folder, chance)
+        same = path.exists() and path.read_bytes() == files[path.name]
+        whole = delivered(folder, expected)
+        try:
+            said = verify(folder)
+        except ValueError as error:
+            said = [str(error)]
+        assert bool(said) != same, path  # every byte counts
+        assert whole or said
+        assert all(path.name in line for line in said[:1])
+        named += bool(said)
+        path.write_bytes(files[path.name])
+    return named

@@ -1,0 +1,159 @@
+"""One sample of a batch: read, decoded, cut and captioned, or taken from a cache."""
+
+import json
+import math
+import tempfile
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data_pipeline.batch import Batch, sample_rng
+from data_pipeline.buckets import Shape, assign, bucket_shapes
+from data_pipeline.captions import choose_caption
+from data_pipeline.config import DataConfig
+from data_pipeline.filecache import FileCache
+from data_pipeline.mixing import Bucket, Place, Stream
+from data_pipeline.precompute import Cache
+from data_pipeline.reader import ShardReader
+from data_pipeline.storage import is_remote
+from data_pipeline.transforms import cut, decode, to_tensor, told_sizes
+
+_MB = 10**6
+
+
+def open_folder(path: str, config: DataConfig) -> ShardReader:
+    """A shard folder, here or far away."""
+    folder = Path(config.copies or Path(tempfile.gettempdir(), "ldm-shards"))
+    return ShardReader(path, FileCache(folder, config.copies_mb * _MB) if is_remote(path) else None)
+
+
+class Samples(Dataset[Batch]):
+    """The samples of some folders as batches of one, looked up by place. Raises ValueError for what cannot work."""
+
+    def __init__(self, readers: list[ShardReader], config: DataConfig, seed: int) -> None:
+        self.size = size_of(readers, config)
+        self.readers = readers
+        self.config = config
+        self.seed = seed
+        self.framing, self.captions = config.framing, config.captions
+        self.caches = self._open_caches()
+
+    def __getitem__(self, place: Place) -> Batch:
+        position, dataset, index, target = place
+        reader = self.readers[dataset]
+        rng = sample_rng(self.seed, position, "transform")
+        cache = self.caches[dataset] if self.caches else None
+        extension = reader.info.image_format
+        members = reader.read(index, ("json",) if cache else (extension, "json"))
+        meta = json.loads(members["json"])
+        key, (stored, original) = reader.key(index), reader.sizes(index)
+        frame = self.framing.draw(stored, target, rng)
+        caption = choose_caption(meta["captions"], meta.get("weights"), self.captions, rng)
+        batch = Batch(
+            image=torch.empty(1, 3, 0, 0) if cache else to_tensor(cut(decode(members[extension]), frame, target))[None],
+            captions=[caption],
+            positions=torch.tensor([position]),
+            keys=[key],
+            weights=torch.tensor([_weight(meta, key)], dtype=torch.float32),
+            sizes=torch.tensor([told_sizes(frame, stored, original, target)]),
+        )
+        if cache is None:
+            return batch
+        number = meta["captions"].index(caption) if caption else None
+        text = cache.text(index, number) if cache.key.text else {}
+        return replace(batch, moments=cache.moments(index, frame.variant), text=text)
+
+    def buckets(self) -> list[Bucket]:
+        """What there is to train on, by shape, and how much of it comes in an epoch."""
+        config, shapes = self.config, shapes_of(self.size, self.config)
+        streams: dict[Shape, list[Stream]] = {}
+        for dataset, (reader, often) in enumerate(zip(self.readers, self._often(), strict=True)):
+            window = self._window(reader)
+            sizes = reader.all_sizes() if config.buckets else np.ones((len(reader), 2))
+            nearest = assign(sizes, shapes)
+            for i in np.unique(nearest).tolist():
+                samples = np.flatnonzero(nearest == i)
+                shards = np.searchsorted(reader.ends, samples, side="right")
+                stream = Stream(dataset, samples, often * len(samples), window, shards)
+                streams.setdefault(shapes[i], []).append(stream)
+        return [Bucket(shape, streams[shape]) for shape in shapes if shape in streams]
+
+    def _often(self) -> list[Fraction]:
+        """How often the samples of each folder come in an epoch."""
+        config, count = self.config, len(self.readers)
+        given = config.weights or config.repeats or (1.0,) * count
+        if config.weights and config.repeats:
+            raise ValueError("give data.weights or data.repeats, not both")
+        if len(given) != count or not all(1e-6 <= value <= 1e6 for value in given):
+            name = "weights" if config.weights else "repeats"
+            raise ValueError(f"data.{name}={list(given)}: give one number, 1e-6 to 1e6, for each of {count} folders")
+        exact = [Fraction(value).limit_denominator(10**6) for value in given]
+        if not config.weights:
+            return exact
+        samples = sum(len(reader) for reader in self.readers)
+        return [w * samples / (sum(exact) * len(r)) for w, r in zip(exact, self.readers, strict=True)]
+
+    def _window(self, reader: ShardReader) -> int:
+        window = self.config.window
+        if window < 0:
+            raise ValueError(f"data.window={window}: allowed are 0 (all shards) and more")
+        shards = sorted((s.bytes for s in reader.info.shards), reverse=True)
+        needed = sum(shards[: 2 * window] if window else shards)
+        if is_remote(reader.path) and needed > self.config.copies_mb * _MB:
+            raise ValueError(
+                f"{reader.path}: mixing {window or 'all'} shards at a time takes {-(-needed // _MB)} MB here, "
+                f"data.copies_mb is {self.config.copies_mb}; make it larger, or data.window smaller"
+            )
+        return window
+
+    def _open_caches(self) -> list[Cache]:
+        config = self.config
+        if not config.caches:
+            return []
+        if len(config.caches) != len(self.readers):
+            raise ValueError(f"data.cache names {len(config.caches)} folders, data.path {len(self.readers)}")
+        if not config.crops:
+            raise ValueError("data.crops=0: a cache holds some crops, not any; set data.crops as it was made")
+        caches = []
+        for path, reader in zip(config.caches, self.readers, strict=True):
+            cache = Cache(open_folder(path, config), reader)
+            cache.key.check(path, framing_of(self.size, config))
+            if cache.key.text and (config.templates or config.shuffle_tags or config.tag_dropout):
+                raise ValueError(
+                    f"the cache {path} holds text as it is stored: no templates, shuffle_tags, tag_dropout"
+                )
+            caches.append(cache)
+        return caches
+
+
+def size_of(readers: list[ShardReader], config: DataConfig) -> int:
+    """The pixels a side, from the config or the shards. Raises ValueError when neither says."""
+    sizes = {reader.info.size for reader in readers}
+    size = config.size or (sizes.pop() if len(sizes) == 1 else None)
+    if size is None:
+        named = ", ".join(reader.path for reader in readers)
+        raise ValueError(f"the pictures in {named} differ in size; set size=N (pixels a side)")
+    return size
+
+
+def shapes_of(size: int, config: DataConfig) -> list[Shape]:
+    """The shapes that pictures are trained in: one square, or the buckets."""
+    return bucket_shapes(size, config.bucket_step, config.max_aspect) if config.buckets else [(size, size)]
+
+
+def framing_of(size: int, config: DataConfig) -> dict[str, Any]:
+    """What of the config decides the frames of a picture, as a cache's key says it."""
+    buckets = {"bucket_step": config.bucket_step, "max_aspect": config.max_aspect} if config.buckets else {}
+    return {"size": size, "bucket_step": 0, "max_aspect": 0.0, "crops": config.crops, "flip": config.flip, **buckets}
+
+
+def _weight(meta: dict[str, Any], key: str) -> float:
+    weight = meta.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise ValueError(f"sample {key} has the weight {weight!r}: allowed are numbers from 0")
+    return float(weight)
