@@ -217,17 +217,24 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A network as samplers see it: (x_t [B, C, H, W], level, scalar or [B]) -> the estimate of x0, same shape."""
+    """A network as samplers see it: (x_t [B, C, H, W], level, scalar or [B]) -> the estimate of x0, same shape.
+
+    In at least float32, whatever the type of x, in which the network runs.
+    """
 
     prediction: str
     denoiser: Denoiser
     cond: Conditioning
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        return to_x0(self.prediction, self._output(x, level)[:, : x.shape[1]], x, level)
+        return self._x0(self._output(x, level)[:, : x.shape[1]], x, level)
 
     def _output(self, x: Tensor, level: NoiseLevel) -> Tensor:
         return self.denoiser(x, _told(level, x), self.cond)
+
+    def _x0(self, output: Tensor, x: Tensor, level: NoiseLevel) -> Tensor:
+        work = torch.promote_types(x.dtype, torch.float32)
+        return to_x0(self.prediction, output.to(work), x.to(work), level)
 
 
 class VaryingEstimate(Estimate):
@@ -236,7 +243,7 @@ class VaryingEstimate(Estimate):
     def with_variance(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """The estimate of x0, and where the network puts its variance: -1 the smallest, 1 the largest."""
         prediction, v = self._output(x, level).chunk(2, dim=1)
-        return to_x0(self.prediction, prediction, x, level), v
+        return self._x0(prediction, x, level), v
 
 
 def _check(config: DiffusionConfig) -> None:

@@ -144,7 +144,8 @@ def split(level: NoiseLevel, below: NoiseLevel, eta: float) -> tuple[NoiseLevel,
         return below, 0.0
     kept = ratio(below) / ratio(level)
     up = eta * math.sqrt(max(1 - kept**2, 0.0))
-    down = NoiseLevel(below.t, below.alpha, below.sigma * math.sqrt(max(1 - up**2, 0.0)))
+    # not as 1 - up^2, which cancels where little is kept
+    down = NoiseLevel(below.t, below.alpha, below.sigma * math.sqrt(1 - eta**2 + (eta * kept) ** 2))
     return down, float(below.sigma) * up
 
 

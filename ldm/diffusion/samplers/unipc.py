@@ -52,9 +52,8 @@ def _unipc(denoise: Denoise, x: Tensor, levels: NoiseLevel, *, order: int) -> It
             past = [(here, x0), *past][:order]
         left = steps - index if clean else order  # the last step to clean is of order 1, the one before of order 2
         used = past[: min(order, left)]
-        to = half_log_snr(below)
         before = (x, level, used) if used else None  # nothing to correct by after a step from pure noise
-        x = towards(x, _mean(used, to) if used and math.isfinite(to) else x0, level, below)
+        x = towards(x, _mean(used, half_log_snr(below)) if used else x0, level, below)
         yield Step(index, x, x0)
 
 
