@@ -75,3 +75,12 @@ def test_more_steps_refine_the_same_picture(gaussian, name, closer):
     assert near < far / closer**2
     other = (end(80, ImageNoise([1, 2], SHAPE)) - reference).square().mean().sqrt()
     assert near < other / 3
+
+
+def test_a_step_may_end_at_the_last_cut_of_an_octave():
+    """Where the clock 1 / ratio^2 is one cut of 2^24 short of 2: nothing of the next octave belongs to the step."""
+    noise = BrownianNoise([3], (4,))
+    edge, after = (2 - 2.0**-24) ** -0.5, 2.0**-0.5
+    step, last, whole = noise.between(1.2, edge), noise.between(edge, after), noise.between(1.2, after)
+    share = (edge**-2 - 1.2**-2) / (2 - 1.2**-2)
+    assert torch.allclose(math.sqrt(share) * step + math.sqrt(1 - share) * last, whole, atol=1e-5)
