@@ -61,8 +61,8 @@ class Stream:
     rate: Fraction
     window: int = 0
     shards: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    _pass: int = -1
-    _order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    _pass: int = field(default=-1, init=False)
+    _order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), init=False)
 
     def sample(self, k: int, seed: int, name: str) -> int:
         """The k-th of the endless stream."""

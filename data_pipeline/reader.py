@@ -20,6 +20,7 @@ from data_pipeline.shards import INDEX, RawSample, read_index, sha256, to_json
 from data_pipeline.storage import StrPath, join
 
 _OPEN_FILES = 64  # per process; far below the usual limit of 1024
+_OPEN_COPIES = 2
 _KEPT_SAMPLES = 1_000_000  # of which the places are remembered, about 200 bytes each
 _DIGEST = 32  # bytes of a sha256
 
@@ -200,7 +201,8 @@ class ShardReader:
 
     def _file(self, shard: int) -> BinaryIO:
         if shard not in self._files:
-            if len(self._files) >= _OPEN_FILES:
+            # A copy that was thrown out takes its place on the disk for as long as it is open.
+            if len(self._files) >= (_OPEN_COPIES if self._copies else _OPEN_FILES):
                 self._files.pop(next(iter(self._files))).close()
             info = self.info.shards[shard]
             path = join(self.path, info.file)

@@ -39,7 +39,7 @@ def test_files_then_overrides_then_defaults(tmp_path: Path) -> None:
         ([*BASE, "batch_size=0"], "batch_size must be at least 1, not 0"),
         ([*BASE, "precision=bf61"], "did you mean 'bf16'"),
         ([*BASE, "attention=flash"], "unknown attention back-end 'flash'"),
-        ([*BASE, "optimizer.kind=sgd"], "unknown optimizer 'sgd'"),
+        ([*BASE, "optimizer.kind=adam"], "unknown optimizer 'adam', did you mean 'adamw'"),
     ],
 )
 def test_mistakes_are_one_line(overrides: list[str], message: str) -> None:

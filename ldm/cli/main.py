@@ -6,6 +6,7 @@ import sys
 import typer
 
 from ldm.cli import data, evaluate
+from ldm.cli.average import average
 from ldm.cli.convert import convert, inspect
 from ldm.cli.generate import generate
 from ldm.cli.train import train
@@ -23,6 +24,7 @@ def application() -> typer.Typer:
     )
     app.add_typer(data.app, name="data", help="Turn captioned pictures into shards, and look into them.")
     app.command()(train)
+    app.command()(average)
     app.command()(generate)
     app.command()(convert)
     app.command()(inspect)

@@ -15,8 +15,16 @@ from torch.nn.utils import clip_grad_norm_
 from data_pipeline.batch import Batch
 from ldm.images import grid, save_png
 from ldm.training.ema import EMA
+from ldm.training.memory import SpeedConfig, check_device, sdpa_order, speed_up
 from ldm.training.metrics import Means, MetricsFile, Progress, floats
-from ldm.training.optim import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
+from ldm.training.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    check_groups,
+    learning_rate,
+    set_learning_rate,
+)
+from ldm.training.posthoc import save_snapshot
 from ldm.training.randomness import seed_torch
 from ldm.training.state import TrainState
 from ldm.training.tasks import Metrics, Task
@@ -36,8 +44,12 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per step
     seed: int = 0
     precision: str = "no"  # no | bf16 | fp16
-    ema: float = 0.999
+    ema: float = 0.999  # decay of the average that is validated, drawn from, and the model
+    ema_decays: tuple[float, ...] = ()  # further averages, kept in checkpoints for `ldm average`
+    snapshot_steps: int = 0  # steps between snapshots, from which averages of any width are made later; 0 = none
+    snapshot_sigmas: tuple[float, ...] = (0.05, 0.10)  # relative widths of the averages in a snapshot
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     log_steps: int = 20
     validate_steps: int = 500
     preview_steps: int = 500
@@ -78,7 +90,7 @@ def train(
     def every(steps: int) -> bool:
         return bool(steps) and (state.step % steps == 0 or state.step == total_steps)
 
-    with stop:
+    with stop, sdpa_order(config.speed.sdpa_order):
         if state.step < total_steps:
             stream = batches(state.samples)
         while state.step < total_steps and not stop.asked(accelerator):
@@ -105,6 +117,8 @@ def train(
                 _write(metrics, state, "validation", numbers)
             if main and every(config.preview_steps):
                 preview(state, inspection.preview, out)
+            if main and every(config.snapshot_steps):
+                save_snapshot(state.emas, out, state.step)
             if every(config.save_steps):
                 _save(state, config, out)
         if stop.asked(accelerator) and state.step < total_steps:
@@ -116,12 +130,15 @@ def train(
 
 def prepare(task: Task, config: TrainConfig, accelerator: Accelerator) -> TrainState:
     """Move the task to its device, wrap what is trained, and give each part its optimizer and average."""
+    check_device(config.speed, config.precision, accelerator.device)
+    check_groups({name: getattr(task, name) for name in task.trained}, config.optimizer)
     task.to(accelerator.device)
+    speed_up(task, config.speed, accelerator.device)
     optimizers, emas = {}, {}
     for name in task.trained:
         module = getattr(task, name).train()
-        emas[name] = EMA(module, config.ema)
-        optimizer = build_optimizer(module, config.optimizer)
+        emas[name] = EMA(module, config.ema, config.ema_decays, config.snapshot_sigmas if config.snapshot_steps else ())
+        optimizer = build_optimizer(module, config.optimizer, name)
         module, optimizers[name] = accelerator.prepare(module, optimizer)
         setattr(task, name, module)
     return TrainState(task, optimizers, emas, accelerator)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader, fixed_batch, open_data
 from data_pipeline.reader import ShardReader
 from data_pipeline.samples import size_of
-from data_pipeline.shards import ShardDataset
 from ldm.checkpoints.load import load_model
 from ldm.checkpoints.model import load_tensors
 from ldm.config import load_config, plain, to_yaml
@@ -31,6 +30,7 @@ from ldm.training.contrastive import ContrastiveTask, ContrastiveTaskConfig
 from ldm.training.denoising import DenoisingTask, DenoisingTaskConfig
 from ldm.training.engine import Inspection, TrainConfig, train
 from ldm.training.latents import check_cache
+from ldm.training.memory import check_device
 from ldm.training.metrics import clock
 from ldm.training.randomness import seed_torch
 from ldm.training.state import TrainState
@@ -55,6 +55,7 @@ FREE = (
     "data.workers",
     "data.copies",
     "data.copies_mb",
+    "speed.checkpointing",
     "init",
 )
 """Settings that may differ when a run is resumed; any other change would make it another run."""
@@ -84,6 +85,7 @@ def run(config: RunConfig) -> TrainState:
     """Train as `config` says, in `config.out`, resuming what stands there. ValueError before any work if it cannot."""
     accelerator = Accelerator(mixed_precision=config.precision)
     rank, world = accelerator.process_index, accelerator.num_processes
+    check_device(config.speed, config.precision, accelerator.device)
     set_backend(config.attention, accelerator.device)
     out = Path(config.out)
     data, task = build(config)
@@ -101,7 +103,7 @@ def run(config: RunConfig) -> TrainState:
             start_from(task, config.init)
         text = summary(config, data, task)  # on every process: counting FLOP runs the losses, which gather
         if accelerator.is_main_process:
-            log.info("%s", text)
+            log.info("%s\nattention: %s", text, config.attention)
 
         def batches(start: int) -> Iterator[Batch]:
             return iter(Loader(data, config.data, start=start, **loader_arguments))
@@ -137,9 +139,9 @@ def inspection(config: RunConfig, data: list[ShardReader]) -> Inspection:
     """Fixed samples to validate on, and to picture (from the validation data if there is any)."""
     if not config.validation:
         return Inspection(None, fixed_batch(data, config.data, min(16, sum(map(len, data)))))
-    held_out = ShardDataset(Path(config.validation))
-    plain_data = DataConfig(path=config.validation, size=size_of(data, config.data))
-    validation = fixed_batch(held_out, plain_data, min(config.validation_samples, len(held_out)))
+    plain_data = replace(config.data, path=config.validation, size=size_of(data, config.data))
+    held_out = open_data(plain_data)
+    validation = fixed_batch(held_out, plain_data, min(config.validation_samples, sum(map(len, held_out))))
     return Inspection(validation, validation.split(-(-len(validation) // 16))[0])
 
 
