@@ -1,7 +1,7 @@
 """YAML and overrides become dataclasses, or one clear line."""
 
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from ldm.config import load_config, to_yaml
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.vq import AutoencoderVQ, VQConfig
 from ldm.training.denoising import ARCHITECTURES
 from ldm.training.run import TASKS, RunConfig
 
@@ -85,6 +86,8 @@ def test_shipped_configs_are_valid_and_say_what_to_expect(path: Path) -> None:
 def network(task: Any) -> torch.nn.Module:
     """What the task trains."""
     if task.kind == "autoencoder":
+        if task.codebook.entries:
+            return AutoencoderVQ(VQConfig(**asdict(task.model) | {"codebook": task.codebook}))
         return AutoencoderKL(task.model)
     return ARCHITECTURES[task.architecture](getattr(task, task.architecture))
 

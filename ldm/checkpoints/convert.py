@@ -20,6 +20,8 @@ SAMPLED = (
     "sigma_max",
 )  # fmt: skip
 """What of the diffusion sampling depends on; the rest is of training alone."""
+OWN_KINDS = ("autoencoder_vq", "classifier", "perceptual")
+"""Components that no other format knows."""
 LIMIT = 1e-4
 """How far outputs may be apart, relative to the largest: equal weights at other addresses add up in another order."""
 
@@ -50,6 +52,9 @@ def convert(
         kind = ".safetensors file" if to == "compvis" else "folder"
         raise ValueError(f"--to {to} writes a {kind}, not {target.name!r}")
     model = load_model(source, prediction=prediction, ema=ema, dtype=dtype)
+    own = [kind_of(part) for part in model.components.values() if kind_of(part) in OWN_KINDS]
+    if own and to != "native":
+        raise ValueError(f"format {to} has no words for the {own[0]} of {source}")
     stage = target.parent / f".check-{target.name}"
     try:
         notes = write(model, stage, to)

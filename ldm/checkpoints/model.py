@@ -15,12 +15,16 @@ from ldm.models.clip import ImageConfig, ImageEncoder
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.mmdit import MMDiT, MMDiTConfig
+from ldm.models.perceptual import Perceptual, PerceptualConfig
 from ldm.models.text import TextConfig, TextEncoder, TextPair, TextPairConfig
 from ldm.models.transformers_text import TransformersText, TransformersTextConfig
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vq import AutoencoderVQ, VQConfig
 
 KINDS: dict[str, tuple[Callable[[Any], nn.Module], type[Any]]] = {
     "autoencoder": (AutoencoderKL, AutoencoderConfig),
+    "autoencoder_vq": (AutoencoderVQ, VQConfig),
+    "perceptual": (Perceptual, PerceptualConfig),
     "text": (TextEncoder, TextConfig),
     "text_pair": (TextPair, TextPairConfig),
     "transformers_text": (TransformersText, TransformersTextConfig),
@@ -98,7 +102,7 @@ def build(
     load_tensors(module, tensors, source, assign=True)
     # Also when nothing is cast: a module's own buffers outside the state dict take the type of its tensors.
     module.to(dtype or next(iter(types), torch.float32))
-    if isinstance(module, AutoencoderKL):  # half precision would change the latents' scale by 3e-4
+    if isinstance(module, AutoencoderKL | AutoencoderVQ):  # half precision would change the latents' scale by 3e-4
         module.latent_mean, module.latent_std = tensors["latent_mean"].float(), tensors["latent_std"].float()
     return module.eval().requires_grad_(False)
 

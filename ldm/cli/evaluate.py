@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
     from ldm.pipeline import Pipeline
 
 app = typer.Typer(no_args_is_help=True)
@@ -85,3 +89,68 @@ def nll(
     counting = Counting(method, steps, probes, seed)
     for name, value in evaluate_nll(load(model), str(data), count, counting).items():
         typer.echo(f"{name:<16}{value:.5f}" if isinstance(value, float) else f"{name:<16}{value}")
+
+
+@app.command()
+def autoencoder(
+    model: Annotated[str, typer.Argument(help="A run, a model folder or a file with an autoencoder.")],
+    data: Annotated[Path, typer.Argument(help="A shard folder that it was not trained on.")],
+    count: Annotated[int, typer.Option(help="Pictures; rFID compares only at the same count.")] = 256,
+    perceptual: Annotated[str, typer.Option(help="LPIPS: a folder of its weights, or random.")] = "random",
+    features: Annotated[
+        str, typer.Option(help="rFID: a run with an image tower, LPIPS's weights, or random.")
+    ] = "random",
+    statistics: Annotated[str, typer.Option(help="channel or scalar: also write OUT/model with these latents.")] = "",
+    out: Out = None,
+) -> None:
+    """Send pictures through an autoencoder and back: PSNR, SSIM, LPIPS, rFID, and how its latents lie."""
+    import torch
+
+    from ldm.checkpoints.files import commit
+    from ldm.checkpoints.load import load_model, save_model
+    from ldm.checkpoints.perceptual import load_perceptual
+    from ldm.evaluation.autoencoder import Judges, evaluate_autoencoder, pictures, set_statistics, table
+    from ldm.evaluation.report import keep
+    from ldm.names import known
+
+    if statistics:
+        known("statistics", statistics, ("channel", "scalar"))
+        if out is None:
+            raise ValueError("--statistics writes a model: give --out FOLDER as well")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = load_model(model, ["autoencoder"])
+    (network,) = found.require("autoencoder")
+    judge = load_perceptual(perceptual).to(device)
+    extractor, extractor_name = feature_extractor(features, device)
+    name = "random_distance" if perceptual == "random" else "lpips"
+    images = pictures(data, found.settings.get("size"), count)
+    result = evaluate_autoencoder(network.to(device), images, Judges(judge, name, extractor, extractor_name))
+    typer.echo(table(result.scores))
+    if out:
+        keep(out, result.scores, {"real": result.images, "reconstructed": result.rebuilt})
+    if out and statistics:
+        set_statistics(network, result, statistics)
+        with commit(out / "model") as stage:
+            save_model(stage, {"autoencoder": network.cpu()}, found.settings, found.name)
+
+
+def feature_extractor(source: str, device: str) -> "tuple[Callable[[Tensor], Tensor], str]":
+    """What gives rFID its features, and its name: a CLIP image tower, VGG16, or random kernels. Raises ValueError."""
+    import torch.nn.functional as F
+
+    from ldm.checkpoints.load import load_model
+    from ldm.checkpoints.model import config_of
+    from ldm.checkpoints.perceptual import load_perceptual
+
+    towers = Path(source, "model.json").is_file() or Path(source, "checkpoints").is_dir()
+    tower = load_model(source, ["image"]).components.get("image") if towers else None
+    if tower is None:
+        vgg = load_perceptual(source).to(device)
+        return vgg.pooled, "random kernels" if source == "random" else f"VGG16 of {source}, pooled"
+    tower.to(device)
+    size: int = config_of(tower).size
+
+    def seen(image: "Tensor") -> "Tensor":
+        return tower(F.interpolate(image, (size, size), mode="bilinear", antialias=True).clamp(-1, 1))
+
+    return seen, f"image tower of {source}"

@@ -13,6 +13,7 @@ from ldm.diffusion.noise import NoiseLevel
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.classifier import NoisyClassifier, NoisyClassifierConfig, find_class
+from ldm.models.vq import AutoencoderVQ
 from ldm.training.randomness import SampleRandomness
 from ldm.training.tasks import Metrics, Task, TaskConfig, bare, freeze
 
@@ -43,7 +44,7 @@ class ClassifierTask(Task):
         self.config, self.size, self.seed = config, size, seed
         self.classifier = NoisyClassifier(config.model)
         (autoencoder,) = load_model(config.autoencoder, ["autoencoder"], dtype=torch.float32).require("autoencoder")
-        assert isinstance(autoencoder, AutoencoderKL)
+        assert isinstance(autoencoder, AutoencoderKL | AutoencoderVQ)
         self.autoencoder = autoencoder
         freeze(autoencoder)
         multiple = autoencoder.factor * self.classifier.factor

@@ -1,5 +1,6 @@
 """The latent denoiser: text to latents, in the space of a frozen autoencoder."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
@@ -14,13 +15,17 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.mmdit import MMDiT, MMDiTConfig
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vq import AutoencoderVQ
 from ldm.names import known
 from ldm.pipeline import Pipeline, Request
 from ldm.training.importance import LossSecondMoment
 from ldm.training.latents import latents_of
 from ldm.training.randomness import SampleRandomness
+from ldm.training.statistics import misfit
 from ldm.training.tasks import Metrics, Task, TaskConfig, bare, freeze
 from ldm.types import Conditioning
+
+log = logging.getLogger(__name__)
 
 ARCHITECTURES: dict[str, Callable[[Any], nn.Module]] = {"unet": UNet, "dit": DiT, "mmdit": MMDiT}
 
@@ -59,7 +64,7 @@ class DenoisingTask(Task):
         self.config, self.size, self.seed = config, size, seed
         (autoencoder,) = load_model(config.autoencoder, ["autoencoder"], dtype=torch.float32).require("autoencoder")
         (text,) = load_model(config.text, ["text"], dtype=torch.float32).require("text")
-        assert isinstance(autoencoder, AutoencoderKL)
+        assert isinstance(autoencoder, AutoencoderKL | AutoencoderVQ)
         self.autoencoder, self.text = autoencoder, text
         freeze(autoencoder), freeze(text)
         self.network: Any = getattr(config, config.architecture)
@@ -67,6 +72,7 @@ class DenoisingTask(Task):
         self._check_fit()
         self.denoiser = ARCHITECTURES[config.architecture](self.network)
         self._embeddings: dict[str, Conditioning] = {}
+        self._latents_checked = False
         self.importance = LossSecondMoment()
         if config.diffusion.timesteps == "loss_second_moment":
             self.remembered = ("importance",)
@@ -162,8 +168,15 @@ class DenoisingTask(Task):
             cond = cond.sized(*pixels) if batch.sizes is None else replace(cond, sizes=batch.sizes)
         noise = random.normal("posterior", (self.autoencoder.latent_channels, height, width))
         if batch.moments is None:
-            return self.autoencoder.encode(batch.image, noise), cond
-        return latents_of(self.autoencoder, batch.moments, noise), cond
+            latent = self.autoencoder.encode(batch.image, noise)
+        else:
+            assert isinstance(self.autoencoder, AutoencoderKL)  # no other has a posterior to keep
+            latent = latents_of(self.autoencoder, batch.moments, noise)
+        if not self._latents_checked:
+            self._latents_checked = True
+            if (warning := misfit(latent, self.config.autoencoder)) is not None:
+                log.warning("%s", warning)
+        return latent, cond
 
     def _told(self, batch: Batch, dropped: Tensor) -> Conditioning:
         """What the text encoder makes of the captions, or made of them before; `dropped` [B] get the null prompt."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.checkpoints import compvis, convert, describe, diffusers, textual_inversion
 from ldm.checkpoints.files import commit, sha256
+from ldm.checkpoints.layouts import scheduler
 from ldm.checkpoints.load import load_model, save_model
 from ldm.checkpoints.model import LoadedModel, config_of
 from ldm.models.text import TextEncoder
@@ -566,11 +567,21 @@ def test_small_pickles_that_grow_and_marks_of_others(tmp_path: Path) -> None:
         load_model(path)
 
 
+def test_a_dynamic_shift_goes_there_and_back() -> None:
+    words = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    found, _ = scheduler.from_diffusers(words, "here")
+    assert found["dynamic_shift"] and found["schedule"] == "flow"
+    assert scheduler.from_diffusers(scheduler.to_diffusers(found), "there")[0] == found
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         ({"_class_name": "EDMEulerScheduler", "sigma_min": 0.002}, "not known"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "not known"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "max_shift": 1.0},
+            "not known",
+        ),
         ({"prediction_type": "nonsense"}, "not known"),
     ],
 )

@@ -23,7 +23,7 @@ from tests.data_pipeline.hostile_server import PNG, Request, Route, Server, pict
 
 QUICK = FetchConfig(
     allow_private=True, ports=(), max_bytes=100_000, delay_s=0, tries=1, backoff_s=0.02,
-    connect_s=2, read_s=0.3, total_s=0.8,
+    connect_s=10, read_s=1.5, total_s=4,  # wide enough for a machine that is busy with other things
 )  # fmt: skip
 HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
 BODY = picture(7)
@@ -66,7 +66,7 @@ def forever(chunk: bytes, pause_s: float = 0.0) -> Callable[[Request], None]:
 
 
 def stall(request: Request) -> None:
-    time.sleep(2)
+    time.sleep(6)
 
 
 def garbage(request: Request) -> None:
@@ -137,7 +137,7 @@ FAILURES: dict[str, tuple[Route, str, bool]] = {
     "opted out before a redirect": (
         lambda r: r.answer("302 Found", b"", "Location: /ok", "x-robots-tag: noimageai"), "opted out", False),
     "slow redirects": (
-        lambda r: (time.sleep(0.25), r.answer("302 Found", b"", "Location: again"))[1], "total timeout", True),
+        lambda r: (time.sleep(1), r.answer("302 Found", b"", "Location: again"))[1], "total timeout", True),
     "redirect loop": (lambda r: r.answer("302 Found", b"", "Location: again"), "too many redirects", False),
     "redirect to a file": (
         lambda r: r.answer("302 Found", b"", "Location: file:///etc/passwd"), "scheme not allowed", False),
@@ -156,7 +156,7 @@ def test_every_failure_has_its_reason_and_none_outlives_its_caps() -> None:
     with serving({f"/{i}/": route for i, (route, _, _) in enumerate(FAILURES.values())} | {"/ok": ok}) as server:
         began = time.monotonic()
         outcomes = download(replace(QUICK, per_host=100), *(server.url(f"/{i}/") for i in range(len(FAILURES))))
-        assert time.monotonic() - began < 6  # 0.8 s on an idle machine
+        assert time.monotonic() - began < 40  # 4 s on an idle machine; one after the other, 60
     found = {name: (o.reason, o.retryable) for name, o in zip(FAILURES, outcomes, strict=True)}
     assert found == {name: (reason, retryable) for name, (_, reason, retryable) in FAILURES.items()}
     assert all(o.tries == 1 and not o.data for o in outcomes)

@@ -35,7 +35,8 @@ def encode(
     config = load_config(DataConfig, [], [f"path={path}", *(settings or [])])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     (autoencoder,) = load_model(model, ["autoencoder"], dtype=torch.float32).require("autoencoder")
-    assert isinstance(autoencoder, AutoencoderKL)
+    if not isinstance(autoencoder, AutoencoderKL):
+        raise ValueError(f"{model} quantises its latents; a cache keeps the posteriors of a KL autoencoder")
     encoder = load_model(text, ["text"], dtype=torch.float32).require("text")[0].to(device) if text else None
     report = encode_data(config, autoencoder.to(device), encoder, out, read_part(part), progress_of("shards"))
     typer.echo(f"{out}\n{report or f'part {part} is there; the last part completes the folder'}")
