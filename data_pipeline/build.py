@@ -14,7 +14,7 @@ from data_pipeline import executors, shards, storage
 from data_pipeline.assembly import Progress, assemble
 from data_pipeline.captions import clean_captions, clean_weights
 from data_pipeline.duplicates import perceptual_hash
-from data_pipeline.filters import FilterConfig, check
+from data_pipeline.filters import FilterConfig, Similarity, check
 from data_pipeline.images import encode_image, resize_crop
 from data_pipeline.ledger import Ledger, newest_names, removed_row, shard_name, write_ledger
 from data_pipeline.remove import read_removals
@@ -65,9 +65,11 @@ def build(
     out: StrPath,
     progress: Progress | None = None,
     part: tuple[int, int] = (1, 1),
+    similarity: Similarity | None = None,
 ) -> Report | None:
     """Write every sample of `source` into the shard folder `out`; `progress(done, total)` counts samples.
 
+    similarity: of picture and captions, for `filters.min_similarity`; picklable, with a `fingerprint` of its model.
     Started again after a kill it keeps the shards that are complete. part (i, n): make only every n-th shard, from
     the i-th on; None is returned until the other parts are there, too (see assemble). Raises ValueError when `out`
     holds anything else, when keys repeat, when not one sample is usable; RuntimeError when a worker process dies
@@ -80,7 +82,7 @@ def build(
         raise ValueError(f"{out} is in the memory of one process; use workers=0")
     names = newest_names(out) if storage.is_folder(out) else {}
     rewritten = {number: name for number, name in names.items() if name != shard_name(number)}
-    job = ShardJob(source, settings, str(out), read_removals(out), rewritten)
+    job = ShardJob(source, settings, str(out), read_removals(out), rewritten, similarity)
 
     def run(numbers: list[int]) -> Iterator[int]:
         return executors.run(job, numbers, executor, settings.workers)
@@ -90,7 +92,10 @@ def build(
         if progress:
             progress(min(done * settings.samples_per_shard, total), total)
 
-    return assemble(out, plan_of(source, settings), run, part, samples)
+    plan = plan_of(source, settings)
+    if similarity is not None:
+        plan["similarity"] = getattr(similarity, "fingerprint", "")
+    return assemble(out, plan, run, part, samples)
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ class ShardJob:
     out: str
     removed: dict[str, tuple[str, str]] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
+    similarity: Similarity | None = None
 
     def __call__(self, number: int) -> None:
         """Make shard `number` and the index beside it, from its range of the source only."""
@@ -126,7 +132,7 @@ class ShardJob:
                     reason, detail = self.removed[sample.key]
                     rejected.append(removed_row(row, self._name(row, sample.key), sample.key, reason, detail))
                     continue
-                check(sample, self.settings.filters)
+                check(sample, self.settings.filters, self.similarity)
             except Rejected as error:
                 entry = {
                     "row": row,

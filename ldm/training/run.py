@@ -102,9 +102,7 @@ def run(config: RunConfig) -> TrainState:
         if config.task.decoder_only and not config.init:
             raise ValueError("task.decoder_only keeps the encoder as it is: give the model to start from, init=MODEL")
         if config.task.adversary.weight and config.precision == "fp16":
-            raise ValueError(
-                "an adversary does not train with precision=fp16, whose scaler is one for both; use bf16"
-            )
+            raise ValueError("an adversary does not train with precision=fp16, whose scaler is one for both; use bf16")
 
     with own_folder(out, config, main=accelerator.is_main_process):
         if config.init and not (out / "checkpoints").is_dir():

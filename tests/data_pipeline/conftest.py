@@ -1,11 +1,14 @@
 """A small folder of pictures with captions, and shards made from it."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline import storage
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.shards import ShardDataset
 from data_pipeline.sources.folder import FolderConfig, FolderSource
@@ -39,3 +42,28 @@ def shard_folder(source: FolderSource, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def dataset(shard_folder: Path) -> ShardDataset:
     return ShardDataset(shard_folder)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An S3 bucket served on a port of this machine, for as long as the module runs."""
+    from moto.server import ThreadedMotoServer  # here, for it takes seconds to import
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        storage._filesystem("s3://x")[0].mkdir("pictures")
+        yield "s3://pictures"
+    server.stop()

@@ -14,6 +14,7 @@ from data_pipeline.filters import FilterConfig
 from data_pipeline.sources import Source
 from data_pipeline.sources.opening import DRAWN, recognise
 from ldm.cli.data.common import app, progress_of
+from ldm.cli.data.similarity import ClipSimilarity
 from ldm.config import load_config
 
 FILTERS = "filters."
@@ -69,6 +70,7 @@ def build(
     quality: Annotated[int, typer.Option(help="1 to 100, for jpg and webp")] = 95,
     samples_per_shard: Annotated[int, typer.Option(help="rows of the source that make one shard")] = 500,
     executor: Annotated[str | None, typer.Option(help="serial, processes or ray (RAY_ADDRESS, or here)")] = None,
+    clip: Annotated[str, typer.Option(help="a run of the contrastive task, for filters.min_similarity")] = "",
     part: Annotated[str, typer.Option(help="I/N: only every N-th shard from the I-th on, for job arrays")] = "1/1",
 ) -> None:
     """Make a shard folder from a source. Started again after a kill, it goes on where it was.
@@ -92,7 +94,8 @@ def build(
         filters=load_config(FilterConfig, [], filters),
     )
     typer.echo(taken, err=True)
-    report = build_shards(opened, config, out, progress_of("samples"), read_part(part))
+    similarity = ClipSimilarity.of(clip) if clip else None
+    report = build_shards(opened, config, out, progress_of("samples"), read_part(part), similarity)
     waiting = f"part {part} is there; the last part, or `ldm data index {out}`, completes the folder"
     typer.echo(f"{out}\n{report or waiting}")
 
