@@ -342,3 +342,12 @@ def test_bad_requests_are_refused(gaussian, x):
                 next(sampler(name)(gaussian.denoise, x, SD.trajectory(5, "trailing"), noise=noise_like(x)))
     with pytest.raises(ValueError, match=r"unknown kind of dpmpp_2m_sde 'hun', did you mean 'heun'"):
         next(dpmpp_2m_sde(gaussian.denoise, x, SD.trajectory(5, "trailing"), kind="hun", noise=noise_like(x)))
+
+
+def test_ddim_with_all_its_noise_is_ddpm(gaussian, x):
+    levels = SD.trajectory(7, "karras")
+    ends = [
+        last(take(gaussian.denoise, x, levels, noise=noise_like(x)))
+        for take in (sampler("ddim", eta=1.0), sampler("ddpm"))
+    ]
+    assert torch.equal(*ends)
