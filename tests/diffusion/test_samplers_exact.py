@@ -11,6 +11,7 @@ import torch
 from ldm.diffusion.brownian import BrownianNoise
 from ldm.diffusion.noise import FlowSchedule, discrete
 from ldm.diffusion.samplers import SAMPLERS, sampler, traits
+from ldm.diffusion.samplers.onestep import _two_draws
 from tests.diffusion.test_samplers_order import even, in_log_ratio, order
 from tests.diffusion.test_samplers_sde import STOCHASTIC, last, noise_like
 
@@ -251,3 +252,12 @@ def test_the_first_cut_of_an_octave_has_its_noise():
     path, clocks = BrownianNoise([7], (50,)), (2.0, 2.0 * (1 + 2**-24))
     step = path.between(*(clock**-0.5 for clock in clocks))
     assert 0.5 < step.std() < 2
+
+
+def test_two_draws_without_a_path_are_of_one():
+    """Of ratios 4, 2, 1 the clock 1 / ratio^2 is 1/16, 1/4, 1: the first draw has a fifth of the whole's variance."""
+    level, middle, below = (FlowSchedule().at_ratio(torch.tensor(r, dtype=torch.float64)) for r in (4.0, 2.0, 1.0))
+    draws = iter([torch.tensor([2.0]), torch.tensor([3.0])])
+    first, whole = _two_draws(lambda: next(draws), level, middle, below, torch.zeros(1, dtype=torch.float64))
+    assert first.item() == 2.0
+    assert whole.item() == pytest.approx(math.sqrt(0.2) * 2.0 + math.sqrt(0.8) * 3.0, abs=1e-12)

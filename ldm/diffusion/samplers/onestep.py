@@ -313,7 +313,7 @@ def _ancestral(
 
 def ratio_of_time(at: At, t: float, below: NoiseLevel) -> float:
     """The highest ratio of that t, its logarithm narrowed down by grids: `at` only leads the other way."""
-    if below.sigma == 0 or float(below.t) <= t:
+    if float(below.t) <= t:
         return ratio(below)
     high = math.log(ratio(below))
     low = high - 30.0
