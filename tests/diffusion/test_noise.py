@@ -277,3 +277,26 @@ def test_prediction_v_on_edm_levels_is_its_preconditioning():
 def test_edm_has_no_spacing_of_other_schedules(spacing):
     with pytest.raises(ValueError, match="unknown spacing of edm"):
         EDMSchedule().trajectory(10, spacing)
+
+
+PUBLISHED = {
+    "ays": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "ays_sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "ays_video": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_tables_and_the_places_halfway(name):
+    """Ten steps are the table but for its end; of twenty each second is the geometric mean of its neighbours."""
+    table = torch.tensor(PUBLISHED[name], dtype=torch.float64)
+    torch.testing.assert_close(RATIO_SPACINGS[name](10, 0.0, 0.0), table[:-1])
+    twenty = RATIO_SPACINGS[name](20, 0.0, 0.0)
+    torch.testing.assert_close(twenty[::2], table[:-1])
+    torch.testing.assert_close(twenty[1::2], (table[:-1] * table[1:]).sqrt())
+
+
+def test_the_usual_power_of_polyexponential_spacing():
+    """At the middle step log ratio is at 0.5^1.5 of the way up: 1.5 unless told otherwise."""
+    middle = RATIO_SPACINGS["polyexponential"](3, 0.01, 10.0)[1].log10()
+    assert middle.item() == pytest.approx(-2 + 3 * 0.5**1.5)
