@@ -47,8 +47,8 @@ def align_your_steps(steps: int, low: float, high: float, model: str = "sd") -> 
     """The published table, interpolated in the logarithm as its authors do; it has its own ends."""
     table = torch.tensor(AYS_TABLES[model], dtype=torch.float64).log()
     place = torch.linspace(0, len(table) - 1, steps + 1, dtype=torch.float64)[:-1]
-    below = place.floor().long()
-    return torch.lerp(table[below], table[(below + 1).clamp(max=len(table) - 1)], place - below).exp()
+    below = place.floor().long()  # never the last
+    return torch.lerp(table[below], table[below + 1], place - below).exp()
 
 
 def align_your_steps_sdxl(steps: int, low: float, high: float) -> Tensor:
