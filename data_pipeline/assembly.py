@@ -47,8 +47,9 @@ def assemble(
 
 
 def index(out: StrPath) -> Report:
-    """Write the index of a folder whose shards are all there, after reading every byte of them.
+    """Write the index of a folder whose shards are all there.
 
+    Every byte of them is read on a disk; of shards far away only the sizes are asked.
     Raises ValueError that names the shards which are missing or damaged.
     """
     if not storage.exists(join(out, PLAN)):

@@ -60,7 +60,7 @@ def decode_caption(data: bytes) -> str:
 
 def clean_caption(text: str) -> str:
     """Composed (NFC), without control characters, whitespace runs made one space; "" if nothing is left."""
-    return " ".join(_JUNK.sub("", unicodedata.normalize("NFC", text)).split())
+    return " ".join(unicodedata.normalize("NFC", _JUNK.sub("", text)).split())
 
 
 def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from data_pipeline.shards import RawSample, ShardDataset
+from data_pipeline.shards import ShardDataset
 from data_pipeline.storage import StrPath
 from data_pipeline.survey import Survey, survey
 
@@ -55,15 +55,17 @@ def examine(folder: StrPath, training: Training, tokens: Callable[[str], int] | 
         dataset = ShardDataset(folder)
         found = survey(folder, pictures=0)
         step = max(1, len(dataset) // max(_PICTURES, _CAPTIONS))
-        samples = [dataset[i] for i in range(0, len(dataset), step)][:_CAPTIONS]
+        rows = range(0, len(dataset), step)[:_CAPTIONS]
+        captions = {sample.key: sample.captions for sample in map(dataset.__getitem__, rows)}
+        shown = rows[:: max(1, len(rows) // _PICTURES)][:_PICTURES]
+        pictures = _pictures(dataset, shown, found.info.size, found.info.image_format)
     except (ValueError, RuntimeError, OSError) as error:
         return [Finding(ERROR, str(error))]
-    every = max(1, len(samples) // _PICTURES)
     return [
         *_sharing(found, training),
         *_cost(found, training),
-        *_pictures(samples[::every][:_PICTURES], found.info.size, found.info.image_format),
-        *_captions(samples, training, tokens),
+        *pictures,
+        *_captions(captions, training, tokens),
         *_rows(found),
     ]
 
@@ -103,10 +105,10 @@ def _cost(found: Survey, training: Training) -> list[Finding]:
     return [Finding(OK, f"{disk}; an epoch takes {_duration(seconds)} and reads {rate:.1f} MB/s")]
 
 
-def _pictures(samples: list[RawSample], size: int | None, image_format: str) -> list[Finding]:
+def _pictures(dataset: ShardDataset, rows: range, size: int | None, image_format: str) -> list[Finding]:
     """Mode, size and range of values, as a model would get them."""
     findings, low, high, blank = [], 255, 0, 0
-    for sample in samples:
+    for sample in map(dataset.__getitem__, rows):
         try:
             with Image.open(io.BytesIO(sample.image_bytes), formats=_FORMATS) as opened:
                 mode, pixels = opened.mode, np.asarray(opened.convert("RGB"))
@@ -123,31 +125,34 @@ def _pictures(samples: list[RawSample], size: int | None, image_format: str) -> 
     if findings:
         return findings
     scaled = f"{low / 127.5 - 1:.2f} to {high / 127.5 - 1:.2f}"
-    span = f"values of {len(samples)} pictures from {low} to {high}, that is {scaled} for the model"
+    span = f"values of {len(rows)} pictures from {low} to {high}, that is {scaled} for the model"
     findings.append(Finding(OK if high - low >= 128 else WARNING, f"{span}; -1 to 1 is usual"))
     if blank:
-        level = ERROR if blank == len(samples) else WARNING
-        findings.append(Finding(level, f"{blank} of {len(samples)} pictures are one flat colour"))
+        level = ERROR if blank == len(rows) else WARNING
+        findings.append(Finding(level, f"{blank} of {len(rows)} pictures are one flat colour"))
     return findings
 
 
-def _captions(samples: list[RawSample], training: Training, tokens: Callable[[str], int] | None) -> list[Finding]:
-    """Missing, too long, always the same."""
+def _captions(
+    captions: dict[str, tuple[str, ...]], training: Training, tokens: Callable[[str], int] | None
+) -> list[Finding]:
+    """Missing, too long, always the same. captions: of each sample, by its key."""
     findings = []
-    missing = [s.key for s in samples if not s.captions or not all(c.strip() for c in s.captions)]
+    missing = [key for key, several in captions.items() if not several or not all(c.strip() for c in several)]
+    firsts = [several[0] for several in captions.values() if several]
     if missing:
-        text = f"{len(missing)} of {len(samples)} samples have an empty caption, such as {missing[0]}"
+        text = f"{len(missing)} of {len(captions)} samples have an empty caption, such as {missing[0]}"
         findings.append(Finding(ERROR, text))
     if tokens is not None:
-        lengths = [tokens(s.captions[0]) for s in samples if s.captions]
+        lengths = [tokens(caption) for caption in firsts]
         long = sum(n > training.max_tokens for n in lengths)
         text = f"captions have {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(lengths):.0f} on average"
         if long:
             text += f"; of {long / len(lengths):.1%} the model sees only the first {training.max_tokens}"
         findings.append(Finding(WARNING if long > 0.05 * len(lengths) else OK, text))
-    (caption, times), *_ = Counter(s.captions[0] for s in samples if s.captions).most_common(1) or [("", 0)]
-    if len(samples) > 1 and times > len(samples) / 2:
-        text = f"{times} of {len(samples)} samples have the same caption: {caption[:60]!r}"
+    (caption, times), *_ = Counter(firsts).most_common(1) or [("", 0)]
+    if len(captions) > 1 and times > len(captions) / 2:
+        text = f"{times} of {len(captions)} samples have the same caption: {caption[:60]!r}"
         findings.append(Finding(WARNING, text))
     return findings
 

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +13,8 @@ from typing import BinaryIO
 
 from data_pipeline import storage
 
-_PART = ".part"
+_COPY = re.compile("[0-9a-f]{64}")
+_PART = re.compile(r"[0-9a-f]{64}\.(\d+)\.part")  # a copy under way, and how large it will be
 _LOCK = ".lock"
 _POLL_S = 0.02
 
@@ -23,7 +25,7 @@ class FileCache:
 
     Several processes and threads may share the folder: one fetches a file, the others wait for it. A file half
     fetched by a process that died is removed. The bound covers copies under way too, but not a copy that was
-    thrown out while a reader still has it open.
+    thrown out while a reader still has it open. Whatever else lies in the folder is neither counted nor touched.
     """
 
     folder: Path
@@ -76,14 +78,14 @@ class FileCache:
         used = size
         copies: list[tuple[int, int, Path]] = []
         for entry in self.folder.iterdir():
-            if entry.name.endswith(_PART):
+            if part_name := _PART.fullmatch(entry.name):
                 if _is_abandoned(entry):
                     entry.unlink(missing_ok=True)  # gone when its fetch ended just now
                     continue
-                used += int(entry.name.split(".")[1])
+                used += int(part_name[1])
                 if entry.name.startswith(name):
                     return None
-            elif entry.name != _LOCK:
+            elif _COPY.fullmatch(entry.name):
                 stat = entry.stat()
                 copies.append((stat.st_mtime_ns, stat.st_size, entry))
         used += sum(held for _, held, _ in copies)
@@ -94,7 +96,7 @@ class FileCache:
             used -= held
         if used > self.limit_bytes:
             return None
-        part = self.folder / f"{name}.{size}{_PART}"
+        part = self.folder / f"{name}.{size}.part"
         file = part.open("wb")
         fcntl.flock(file, fcntl.LOCK_EX)
         return part, file

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tempfile
 from dataclasses import replace
 from fractions import Fraction
@@ -28,7 +29,7 @@ _MB = 10**6
 
 def open_folder(path: str, config: DataConfig) -> ShardReader:
     """A shard folder, here or far away."""
-    folder = Path(config.copies or Path(tempfile.gettempdir(), "ldm-shards"))
+    folder = Path(config.copies or Path(tempfile.gettempdir(), f"ldm-shards-{os.getuid()}"))  # one for each user
     return ShardReader(path, FileCache(folder, config.copies_mb * _MB) if is_remote(path) else None)
 
 
@@ -41,6 +42,7 @@ class Samples(Dataset[Batch]):
         self.config = config
         self.seed = seed
         self.framing, self.captions = config.framing, config.captions
+        self._cached = [open_folder(path, config) for path in config.caches]
         self.caches = self._open_caches()
 
     def __getitem__(self, place: Place) -> Batch:
@@ -64,22 +66,23 @@ class Samples(Dataset[Batch]):
         )
         if cache is None:
             return batch
-        number = meta["captions"].index(caption) if caption else None
-        text = cache.text(index, number) if cache.key.text else {}
+        text = {}
+        if cache.key.text:  # one without text allows captions that are not as they are stored
+            text = cache.text(index, meta["captions"].index(caption) if caption else None)
         return replace(batch, moments=cache.moments(index, frame.variant), text=text)
 
     def buckets(self) -> list[Bucket]:
         """What there is to train on, by shape, and how much of it comes in an epoch."""
         config, shapes = self.config, shapes_of(self.size, self.config)
         streams: dict[Shape, list[Stream]] = {}
+        self._check_window()
         for dataset, (reader, often) in enumerate(zip(self.readers, self._often(), strict=True)):
-            window = self._window(reader)
             sizes = reader.all_sizes() if config.buckets else np.ones((len(reader), 2))
             nearest = assign(sizes, shapes)
             for i in np.unique(nearest).tolist():
                 samples = np.flatnonzero(nearest == i)
                 shards = np.searchsorted(reader.ends, samples, side="right")
-                stream = Stream(dataset, samples, often * len(samples), window, shards)
+                stream = Stream(dataset, samples, often * len(samples), config.window, shards)
                 streams.setdefault(shapes[i], []).append(stream)
         return [Bucket(shape, streams[shape]) for shape in shapes if shape in streams]
 
@@ -98,18 +101,21 @@ class Samples(Dataset[Batch]):
         samples = sum(len(reader) for reader in self.readers)
         return [w * samples / (sum(exact) * len(r)) for w, r in zip(exact, self.readers, strict=True)]
 
-    def _window(self, reader: ShardReader) -> int:
+    def _check_window(self) -> None:
+        """That the copies of two windows of every folder and cache far away fit together."""
         window = self.config.window
         if window < 0:
             raise ValueError(f"data.window={window}: allowed are 0 (all shards) and more")
-        shards = sorted((s.bytes for s in reader.info.shards), reverse=True)
-        needed = sum(shards[: 2 * window] if window else shards)
-        if is_remote(reader.path) and needed > self.config.copies_mb * _MB:
+        needed: dict[str, int] = {}  # bytes; a folder that is named twice has its copies once
+        for reader in [*self.readers, *self._cached]:
+            if is_remote(reader.path):
+                sizes = sorted((shard.bytes for shard in reader.info.shards), reverse=True)
+                needed[reader.path] = sum(sizes[: 2 * window] if window else sizes)
+        if (total := sum(needed.values())) > self.config.copies_mb * _MB:
             raise ValueError(
-                f"{reader.path}: mixing {window or 'all'} shards at a time takes {-(-needed // _MB)} MB here, "
+                f"{', '.join(needed)}: mixing {window or 'all'} shards at a time takes {-(-total // _MB)} MB here, "
                 f"data.copies_mb is {self.config.copies_mb}; make it larger, or data.window smaller"
             )
-        return window
 
     def _open_caches(self) -> list[Cache]:
         config = self.config
@@ -120,14 +126,16 @@ class Samples(Dataset[Batch]):
         if not config.crops:
             raise ValueError("data.crops=0: a cache holds some crops, not any; set data.crops as it was made")
         caches = []
-        for path, reader in zip(config.caches, self.readers, strict=True):
-            cache = Cache(open_folder(path, config), reader)
-            cache.key.check(path, framing_of(self.size, config))
+        for cached, reader in zip(self._cached, self.readers, strict=True):
+            cache = Cache(cached, reader)
+            cache.key.check(cache.path, framing_of(self.size, config))
             if cache.key.text and (config.templates or config.shuffle_tags or config.tag_dropout):
                 raise ValueError(
-                    f"the cache {path} holds text as it is stored: no templates, shuffle_tags, tag_dropout"
+                    f"the cache {cache.path} holds text as it is stored: no templates, shuffle_tags, tag_dropout"
                 )
             caches.append(cache)
+        if len({bool(cache.key.text) for cache in caches}) > 1:
+            raise ValueError("data.cache: some folders hold text and others do not; make all with --text, or none")
         return caches
 
 

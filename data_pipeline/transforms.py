@@ -83,9 +83,10 @@ def told_sizes(frame: Frame, stored: Shape, original: Shape, target: Shape) -> l
     box = largest_box(original, stored)
     numbers = []
     for axis, (start, extent) in enumerate(((frame.left, frame.width), (frame.top, frame.height))):
+        margin = (original[axis] - box[axis]) // 2
         if axis == 0 and frame.mirrored:
-            start = stored[0] - extent - start
-        corner = (original[axis] - box[axis]) // 2 + start * box[axis] / stored[axis]
+            start, margin = stored[0] - extent - start, original[0] - box[0] - margin
+        corner = margin + start * box[axis] / stored[axis]
         numbers.append(round(corner * target[axis] * stored[axis] / (extent * box[axis])))
     return [original[1], original[0], numbers[1], numbers[0], target[1], target[0]]
 

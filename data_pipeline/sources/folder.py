@@ -113,7 +113,7 @@ class FolderSource:
         beside = next((stem + s for s in CAPTION_SUFFIXES if stem + s in self._files), "")
         if beside:
             text = decode_caption(storage.read(storage.join(self.config.path, beside)))
-            return clean_captions(text.splitlines()), meta
+            return clean_captions(re.split("\r\n?|\n", text)), meta
         if rows:
             total: dict[str, float] = {}
             for caption, weight in (item for roles, row in rows for item in roles.weighted(row).items()):

@@ -148,7 +148,7 @@ class _ShardJob:
             for i in chosen:
                 image = decode(pictures[i])
                 cuts += [to_tensor(cut(image, frame, target)) for frame in framing.variants(image.size, target)]
-            posteriors = [self.autoencoder.posterior(part) for part in torch.stack(cuts).to(device).split(CHUNK)]
+            posteriors = [self.autoencoder.posterior(part.to(device)) for part in torch.stack(cuts).split(CHUNK)]
             moments = torch.cat([torch.cat([p.mean, p.logvar], dim=1).cpu() for p in posteriors])
             found |= dict(zip(chosen, moments.chunk(len(chosen)), strict=True))
         return [found[i] for i in range(len(rows))]

@@ -106,6 +106,13 @@ def test_coordinates_of_pictures_that_were_stored_as_squares(original: Shape, mi
     assert row * original[1] * scale == pytest.approx(top + 0.5, abs=0.7)
 
 
+@pytest.mark.parametrize(("mirrored", "left"), [(False, 18), (True, 19)])
+def test_of_an_odd_margin_the_mirrored_picture_has_the_longer_side_first(mirrored: bool, left: int) -> None:
+    """101 px hold 64 after 18, so before 19."""
+    frame = Frame(0, 0, 64, 64, mirrored)
+    assert told_sizes(frame, (64, 64), (101, 64), (64, 64)) == [64, 101, 0, left, 64, 64]
+
+
 def test_centred_squares_are_cut_as_builds_cut_them() -> None:
     rng = np.random.default_rng(0)
     for width, height in rng.integers(20, 90, (30, 2)).tolist():

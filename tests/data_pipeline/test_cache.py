@@ -103,7 +103,11 @@ def test_a_foreign_cache_is_refused_by_name(data: ShardReader, tmp_path: Path) -
     for change in ({"shuffle_tags": True}, {"tag_dropout": 0.1}, {"templates": ("a {}",)}):
         with pytest.raises(ValueError, match="holds text as it is stored"):
             Loader(data, config_of(data, worded, **change), batch_size=4, seed=0)
-        Loader(data, config_of(data, cache, **change), batch_size=4, seed=0)  # its text is made in training
+        batch = next(iter(Loader(data, config_of(data, cache, **change), batch_size=4, seed=0)))
+        assert not batch.text and batch.moments is not None  # its text is made in training
+    both = {"path": [data.path, data.path], "cache": [str(cache), str(worded)]}
+    with pytest.raises(ValueError, match="some folders hold text and others do not"):
+        Loader([data, data], replace(config_of(data, cache), **both), batch_size=4, seed=0)
 
 
 def test_every_part_of_a_key_is_checked() -> None:

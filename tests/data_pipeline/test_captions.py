@@ -19,6 +19,7 @@ from data_pipeline.sources import Rejected
     [
         ("  a \t cat\r\n on\u00a0a\u3000mat ", "a cat on a mat"),
         ("cafe\u0301", "café"),
+        ("cafe\0\u0301", "café"),
         ("nul\0 and \x07bell", "nul and bell"),
         ("\ufeffmark", "mark"),
         ("half\ud800 pair", "half pair"),

@@ -54,6 +54,13 @@ def test_every_picture_has_a_verdict(tmp_path: Path) -> None:
     assert names == sorted(names)
 
 
+def test_a_caption_is_a_line(tmp_path: Path) -> None:
+    """Lines end with LF, CRLF or CR; what else Unicode calls a line's end is space within a caption."""
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("one\u2028still\r\ntwo\fstill\rthree\x85still\nfour\u2029still".encode())
+    assert verdicts(tmp_path) == {"a.png": ("one still", "two still", "three still", "four still")}
+
+
 def test_sizes(tmp_path: Path) -> None:
     for name, size in (("a.png", (4, 40)), ("b.png", (30, 30)), ("c.png", (12, 10))):
         picture(tmp_path / name, size)

@@ -15,12 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline import shards, storage
+from data_pipeline import samples, shards, storage
 from data_pipeline.batch import Batch
 from data_pipeline.buckets import assign, bucket_shapes
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.loader import DataConfig, Loader, fixed_batch, open_data
 from data_pipeline.reader import ShardReader
+from data_pipeline.samples import Samples, open_folder
 from data_pipeline.shards import ShardDataset
 from data_pipeline.sources.folder import FolderConfig, FolderSource
 
@@ -196,6 +197,36 @@ def test_far_away_shards_come_through_bounded_copies(folders: list[Path], tmp_pa
     assert sum(largest[:4]) < 1_000_000
     with pytest.raises(ValueError, match=r"mixing 2 shards at a time takes 1 MB here, data.copies_mb is 0"):
         load(replace(far, copies_mb=0), 1)
+
+
+def test_all_far_folders_share_the_bound_of_copies(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fits by itself; all shards of both do not."""
+    paths = []
+    for number, folder in enumerate(folders[:2]):
+        paths.append(f"memory://loader/share{number}")
+        for file in folder.iterdir():
+            if not file.name.startswith("."):
+                storage.upload(file, f"{paths[-1]}/{file.name}")
+    monkeypatch.setattr(samples, "_MB", 1000)  # these folders are small
+    held = [sum(shard.bytes for shard in ShardReader(folder).info.shards) for folder in folders[:2]]
+    enough = -(-sum(held) // 1000)
+    assert max(held) < (enough - 1) * 1000
+    config = DataConfig(paths, size=16, copies_mb=enough)
+    Samples(open_data(config), config, seed=0).buckets()
+    short = replace(config, copies_mb=enough - 1)
+    with pytest.raises(ValueError, match=rf"share0, .*share1: mixing all shards at a time takes {enough} MB here"):
+        Samples(open_data(short), short, seed=0).buckets()
+    once = replace(config, path=[paths[0], paths[0]], copies_mb=-(-held[0] // 1000))
+    Samples(open_data(once), once, seed=0).buckets()  # a folder named twice has its copies once
+
+
+def test_users_do_not_share_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "ShardReader", lambda path, cache: cache)
+    kept = []
+    for user in (1000, 1001):
+        monkeypatch.setattr(os, "getuid", lambda user=user: user)
+        kept.append(open_folder("memory://far", DataConfig("")).folder)
+    assert kept[0] != kept[1]
 
 
 def test_damage_is_named(folders: list[Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import shutil
+import weakref
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from data_pipeline.doctor import ERROR, OK, WARNING, Training, examine
 from data_pipeline.filters import FilterConfig
 from data_pipeline.preview import contact_sheet
 from data_pipeline.report_page import render
-from data_pipeline.shards import ShardDataset
+from data_pipeline.shards import RawSample, ShardDataset
 from data_pipeline.sources.folder import FolderConfig, FolderSource
 from data_pipeline.survey import survey
 
@@ -168,3 +169,19 @@ def test_the_doctor_decodes(shard_folder: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(ShardDataset, "__getitem__", gray)
     assert any(f.level == ERROR and "mode L" in f.text for f in examine(shard_folder, Training()))
+
+
+def test_the_doctor_holds_one_sample_at_a_time(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of 2000 samples would be gigabytes."""
+    real, read = ShardDataset.__getitem__, list[weakref.ref[RawSample]]()
+    alive = []
+
+    def watched(self: ShardDataset, index: int) -> RawSample:
+        sample = real(self, index)
+        read.append(weakref.ref(sample))
+        alive.append(sum(each() is not None for each in read))
+        return sample
+
+    monkeypatch.setattr(ShardDataset, "__getitem__", watched)
+    examine(shard_folder, Training())
+    assert len(read) >= 37 and max(alive) <= 2  # the one before is let go when the next is there

@@ -153,6 +153,21 @@ def test_cache_keeps_its_bound(tmp_path: Path) -> None:
         fetch("big")
 
 
+def test_cache_leaves_other_files_alone(tmp_path: Path) -> None:
+    """They are neither thrown out nor counted, whatever they are called."""
+    folder = tmp_path / "cache"
+    (folder / "sub.part").mkdir(parents=True)
+    others = {name: folder / name for name in ("thesis.txt", "x.part", "a.b.part", "sub.part/deep", "f" * 63, "F" * 64)}
+    for name, path in others.items():
+        path.write_bytes(name.encode() * 1000)
+    cache = FileCache(folder, 1000)
+    for name in "abc":
+        storage.write(f"memory://others/{name}", name.encode() * 600)
+        assert cache.open(f"memory://others/{name}").read() == name.encode() * 600
+    assert all(path.read_bytes() == name.encode() * 1000 for name, path in others.items())
+    assert len(list(folder.iterdir())) == 6 + 2  # the lock and the last copy
+
+
 def test_cache_checks_the_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = FileCache(tmp_path / "cache", 1000)
     storage.write("memory://hash/a", b"data")

@@ -128,6 +128,26 @@ def test_a_run_from_a_cache(models: dict[str, Path], pictures: Path, tmp_path: P
         losses("odd", "data.buckets=true", "data.bucket_step=1")
 
 
+def test_crops_go_to_the_device_in_parts(
+    models: dict[str, Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten pictures of six frames each are never moved at once."""
+    config = config_of(models, pictures, tmp_path / "run")
+    _, task = build_run(config)
+    assert isinstance(task, DenoisingTask)
+    moved: list[int] = []
+    to = torch.Tensor.to
+
+    def watched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if tensor.dim() == 4:
+            moved.append(len(tensor))
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    encode(config, task, tmp_path / "cache", text=False)
+    assert max(moved) == latents.CHUNK and sum(moved) >= 44 * 6
+
+
 def test_encoding_goes_on_where_it_was(
     models: dict[str, Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
