@@ -121,7 +121,7 @@ def adaptive_projected(
         difference = estimate - space.x0_of(without, x, t)
         if momentum and running:
             difference = difference + momentum * running.pop()
-        running[:] = [difference]
+        running[:] = [difference.detach()]
         axes = tuple(range(1, x.ndim))
         if norm:
             length = difference.square().sum(axes, keepdim=True).sqrt()

@@ -209,7 +209,8 @@ class FlowSchedule:
         return self._shifted(torch.cat([time, torch.zeros(1, dtype=torch.float64)]))
 
     def _shifted(self, time: Tensor) -> NoiseLevel:
-        time = self.shift * time / (1 + (self.shift - 1) * time)
+        more = self.shift * time
+        time = more / (more + (1 - time))  # exact at both ends
         return NoiseLevel(FLOW_TIME_SCALE * time, 1 - time, time)
 
 

@@ -45,7 +45,7 @@ class Companions:
         return cls(
             parts(weak, "denoiser", dtype=torch.float32 if device == "cpu" else None)[0] if weak else None,
             parts(classifier, "classifier")[0] if classifier else None,
-            CLIP(*parts(clip, "text", "image")) if clip else None,
+            CLIP(*parts(clip, "text", "image")).to(device).eval().requires_grad_(False) if clip else None,
         )
 
     def check(self, request: Request) -> None:
@@ -91,7 +91,7 @@ def steered(network: Denoiser, module: Any, companions: Companions, batch: Batch
     request, steering, diffusion = batch.request, batch.request.steering, batch.diffusion
     scale = plus_plus(batch.levels, request.guidance) if request.plus_plus else request.guidance
     mix = None
-    if steering.projected:
+    if steering.projected and scale != 1:
         mix = adaptive_projected(
             diffusion, scale, parallel=steering.parallel, momentum=steering.momentum, norm=steering.norm
         )
