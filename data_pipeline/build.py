@@ -26,6 +26,8 @@ IMAGE_FORMATS = ("png", "jpg", "webp")
 THUMBNAILS = 2  # of the pictures that filters turned away: so many for each reason in each shard
 _THUMBNAIL_PX = 96
 _KEY = re.compile(r"[0-9a-z_-]{1,80}")
+_LONGEST_PX = {"webp": 16_383, "jpg": 65_500}  # the longest side that the encoders take; png has no limit to speak of
+_LONGEST_TEXT = 8192  # characters of a name or detail in a ledger
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,13 @@ class ShardJob:
                     rejected.append(removed_row(row, self._name(row, sample.key), sample.key, reason, detail))
                     continue
                 check(sample, self.settings.filters, self.similarity)
+                self._check_side(sample.image)
             except Rejected as error:
                 entry = {
                     "row": row,
                     "name": self._name(row, f"row {row}"),
                     "reason": error.reason,
-                    "detail": error.detail,
+                    "detail": _text(error.detail),
                 }
                 if sample is not None:
                     entry.update(identity(sample))
@@ -163,7 +166,13 @@ class ShardJob:
     def _name(self, row: int, otherwise: str) -> str:
         """The row's own name; a source that draws its pictures may have none."""
         name = getattr(self.source, "name", None)
-        return str(name(row)) if name else otherwise
+        return _text(str(name(row))) if name else otherwise
+
+    def _check_side(self, image: Image.Image) -> None:
+        """Raises Rejected for a picture that is kept at its size and longer than its format can hold."""
+        longest, limit = max(image.size), _LONGEST_PX.get(self.settings.image_format)
+        if self.settings.size is None and limit and longest > limit:
+            raise Rejected("too long for its format", f"{longest} px, {self.settings.image_format} holds {limit}")
 
     def _entry(self, row: int, sample: Sample) -> shards.Entry:
         settings = self.settings
@@ -189,6 +198,11 @@ class ShardJob:
         if (name := self._name(row, sample.key)) != sample.key:
             about["name"] = name
         return shards.Entry(sample.key, members, about)
+
+
+def _text(text: str) -> str:
+    """What a ledger can hold of a text: valid UTF-8, and no more than 8192 characters."""
+    return text.encode("utf-8", "replace").decode()[:_LONGEST_TEXT]
 
 
 def identity(sample: Sample) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def merge(folders: list[StrPath], out: StrPath, *, rename: bool = False, progres
     """Join shard folders of one picture size and format into `out`; every row of theirs is a row there.
 
     rename: keys get the number of their folder in front (0-, 1-, ...), for folders that share keys. Raises
-    ValueError when folders differ in size or format, or (without rename) share a key.
+    ValueError when folders differ in size or format, share a key (without rename), or a new key is too long.
     """
     infos = [read_index(folder) for folder in folders]
     kinds = {(info.size, info.image_format) for info in infos}
@@ -66,7 +66,11 @@ def merge(folders: list[StrPath], out: StrPath, *, rename: bool = False, progres
     def rows() -> Iterator[Row]:
         for number, (folder, info) in enumerate(zip(folders, infos, strict=True)):
             for tar, row in stored_rows(folder, info):
-                yield tar, {**row, "key": f"{number}-{row['key']}"} if rename and "key" in row else row
+                if rename and "key" in row:
+                    row = {**row, "key": f"{number}-{row['key']}"}
+                    if tar and len(row["key"]) > 80:
+                        raise ValueError(f"key {row['key']!r} would be longer than 80 characters")
+                yield tar, row
 
     origin = {"kind": "merge", "settings": {"folders": [str(f) for f in folders], "rename": rename}}
     return _repack(rows, infos, out, origin, progress)

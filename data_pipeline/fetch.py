@@ -109,7 +109,7 @@ class _Run:
     done: int = 0
 
     async def run(self) -> list[PartInfo]:
-        """Fetch every part, a few at a time; what they hold, in order. RuntimeError when `out` cannot be written."""
+        """Fetch every part, a few at a time; what they hold, in order. RuntimeError when a disk fails."""
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS))
         room = asyncio.Semaphore(_PARTS_AT_ONCE)
         size = self.config.rows_per_part
@@ -126,8 +126,8 @@ class _Run:
             if not isinstance(error, OSError):
                 raise error from None
             raise RuntimeError(
-                f"cannot write to {self.out} ({error.strerror or error}); what was fetched is kept: "
-                "make room and run the same command again"
+                f"reading the table or writing to {self.out} failed ({error.strerror or error}); "
+                "what was fetched is kept: when the cause is gone (is the disk full?), run the same command again"
             ) from error
         return [task.result() for task in tasks]
 

@@ -81,7 +81,7 @@ class Part:
         about = {k: v for k, v in asdict(outcome).items() if k != "data"}
         line = {"row": row, **about, "size": len(outcome.data), "sha256": sha256(outcome.data)}
         begin = self._journal.stat().st_size if self._journal.exists() else 0
-        header = to_json(line) + b"\n"
+        header = seal(line) + b"\n"
         try:
             operate("append", _append, self._journal, header + outcome.data)
         except OSError:
@@ -205,7 +205,10 @@ def _append(path: Path, data: bytes) -> None:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line of the journal, which carries its own hash; None when it is not whole."""
     try:
-        return dict(json.loads(line)) if line.endswith(b"\n") else None
-    except ValueError:
+        value: dict[str, Any] = json.loads(line)
+        del value["seal"]
+        return value if line == seal(value) + b"\n" else None
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -29,6 +29,7 @@ from data_pipeline.shards import Info, LedgerInfo, ShardInfo
 from data_pipeline.storage import StrPath, join
 
 REPORT = "report.json"
+PAGE = "report.html"  # shows pictures of the folder as it was, also such as are removed later
 _NAME = re.compile(r"(\d{5,})(?:-(\d+))?")
 
 
@@ -229,10 +230,10 @@ def publish(folder: StrPath, names: list[str], like: Info, *, seconds: float = 0
 
 
 def _clear(folder: StrPath, names: set[str]) -> None:
-    """Remove other generations of the shards, and what was prepared and never took its name."""
+    """Remove other generations of the shards, what was prepared and never took its name, and the outdated page."""
     for file in files_in(folder):
         stem = file.partition(".")[0]
-        if staged_for(file) or (number_of(stem) and stem not in names):
+        if file == PAGE or staged_for(file) or (number_of(stem) and stem not in names):
             storage.remove(join(folder, file))
 
 

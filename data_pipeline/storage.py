@@ -97,7 +97,11 @@ def info(path: StrPath) -> FileInfo:
 
 
 def list_files(folder: StrPath) -> list[FileInfo]:
-    """All files below `folder`, sorted by name; what is hidden (any part with a leading dot) is left out."""
+    """All files below `folder`, sorted by name; what is hidden (any part with a leading dot) is left out.
+
+    Links to files count as files, also those with nothing behind them (size 0), so that reading says what is missing;
+    links to folders are not followed. Raises OSError for a folder that cannot be listed.
+    """
     if is_remote(folder):
         fs, root = _filesystem(folder)
         with _named(folder):
@@ -106,11 +110,11 @@ def list_files(folder: StrPath) -> list[FileInfo]:
         files = [_described(name, entry) for name, entry in named if name and not name.endswith("/")]
         return sorted((f for f in files if not f"/{f.name}".count("/.")), key=lambda f: f.name)
     files = []
-    for at, folders, names in os.walk(folder):
+    for at, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [f for f in folders if not f.startswith(".")]
         within = os.path.relpath(at, folder).replace(os.sep, "/") + "/"
         prefix = "" if within == "./" else within
-        files += [_stat(prefix + n, os.stat(os.path.join(at, n))) for n in names if not n.startswith(".")]
+        files += [_listed(prefix + n, os.path.join(at, n)) for n in names if not n.startswith(".")]
     return sorted(files, key=lambda f: f.name)
 
 
@@ -247,6 +251,19 @@ def _described(name: str, entry: dict[str, Any]) -> FileInfo:
     changing = next((entry[k] for k in _VERSIONS if entry.get(k)), "")
     moment = changing.timestamp() if isinstance(changing, datetime) else changing
     return FileInfo(name, int(entry.get("size") or 0), f"{entry.get('size')}-{moment}")
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _listed(name: str, path: str) -> FileInfo:
+    try:
+        return _stat(name, os.stat(path))
+    except OSError:
+        if not os.path.islink(path):
+            raise
+        return FileInfo(name, 0, "no file behind the link")
 
 
 def _stat(name: str, stat: os.stat_result) -> FileInfo:

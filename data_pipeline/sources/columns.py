@@ -82,7 +82,10 @@ class Roles:
         if row.get(self.url):
             meta["url"] = plain(str(row[self.url]))
         used = self._used()
-        rest = {k: plain(v) for k, v in row.items() if k not in used and k.lower() not in _LEFT_OUT}
+        try:
+            rest = {plain(k): plain(v) for k, v in row.items() if k not in used and k.lower() not in _LEFT_OUT}
+        except RecursionError as error:
+            raise Rejected("bad row", "nested too deep") from error
         if told := {name: value for name, value in rest.items() if value is not None}:
             meta["columns"] = told
         return meta
@@ -160,7 +163,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {plain(str(k)): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     if isinstance(value, date):

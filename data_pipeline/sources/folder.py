@@ -22,6 +22,8 @@ from data_pipeline.sources.pictures import file_key, make_sample, read_picture
 from data_pipeline.sources.rows import open_table
 
 CAPTION_SUFFIXES = (".txt", ".caption")
+# Also pictures: .jfif is a JPEG, the others are rejected by name ("unsupported image format"), not passed over.
+_OTHER_SUFFIXES = (".jfif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff")
 LAYOUTS = ("auto", "plain", "kohya")
 _METADATA = re.compile(r"(?:.*/)?metadata\.(?:csv|tsv|jsonl|ndjson|parquet)")
 _REPEATS = re.compile(r"(\d+)_(.+)")
@@ -35,8 +37,9 @@ class FolderConfig(Columns):
     Captions: a file with the same stem and .txt or .caption, one caption a line; else the row of metadata.jsonl,
     .csv or .parquet with the columns file_name (relative to the table) and text or caption, which may be a list.
 
-    layout: "kohya" takes the folders N_name right below `path` as N repeats of their pictures, with name as the
-    caption where there is no other; pictures elsewhere are rejected. "plain" gives names of folders no meaning.
+    layout: "kohya" takes the folders N_name right below `path`, with name as the caption where there is no other;
+    pictures elsewhere are rejected. N is only kept in the meta, as `repeats`: data.repeats repeats a folder.
+    "plain" gives names of folders no meaning.
     "auto" is kohya when the pictures lie in such folders only. caption_from_name: see the order above.
     """
 
@@ -60,7 +63,7 @@ class FolderSource:
         files = storage.list_files(config.path)
         self._files = frozenset(f.name for f in files)
         self._described = _read_metadata(config, self._files)
-        found = {f for f in self._files if f.lower().endswith(SUFFIXES)}
+        found = {f for f in self._files if f.lower().endswith(SUFFIXES + _OTHER_SUFFIXES)}
         if not found:
             raise ValueError(f"source folder {config.path!r} has no pictures ({', '.join(SUFFIXES)})")
         # A picture that the metadata names but that is not there is rejected by name, not forgotten.
@@ -131,7 +134,7 @@ class FolderSource:
 
 def _shown(name: str) -> str:
     """A file's name as text: what is not UTF-8 in it becomes a question mark in a box."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return re.sub("[\ud800-\udfff]", "\ufffd", name)
 
 
 def _is_kohya(path: str, pictures: Iterable[str]) -> bool:

@@ -49,12 +49,15 @@ def _chosen(config: HuggingFaceConfig, files: list[str]) -> tuple[list[str], str
     if STATE in files:
         return _saved(config.path, "", files), "arrow"
     splits: dict[str, list[str]] = {}
-    for name in files:
-        if match := _PARQUET.fullmatch(name):
-            splits.setdefault(match[1], []).append(name)
+    for name in (file for file in files if file.endswith(".parquet")):
+        match = _PARQUET.fullmatch(name)  # a name of another kind is a split of its own
+        splits.setdefault(match[1] if match else storage.stem(name), []).append(name)
     if not splits:
         raise ValueError(f"{config.path} is not a dataset: no {STATE}, no {SPLITS}, no .parquet files")
-    return splits[_split(config, list(splits))], "parquet"
+    split = _split(config, list(splits))
+    if len({storage.parent(name) for name in splits[split]}) > 1:
+        raise ValueError(f"{config.path}: the files of split {split!r} lie in several folders; give one as path")
+    return splits[split], "parquet"
 
 
 def _split(config: HuggingFaceConfig, known: list[str]) -> str:

@@ -101,4 +101,6 @@ class Img2datasetSource(WebDatasetSource):
         return [Entry("", reason="dropped by img2dataset", detail=f"{count - listed} of {count} rows have no entry")]
 
     def _key(self, number: int, entry: Entry) -> str:
-        return row_key(entry.key, self._shards[number][0], number)
+        name = self._shards[number][0]
+        folder = name.rpartition("/")[0]  # every run of img2dataset numbers its shards and keys from 0
+        return row_key(f"{folder}/{entry.key}" if folder else entry.key, name, number)

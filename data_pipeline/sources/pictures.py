@@ -17,8 +17,11 @@ _OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, err
 
 
 def file_key(name: str) -> str:
-    """A relative path -> a key: readable, plus 8 digits of its hash, so that different paths never meet."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    """A relative path -> a key: readable, plus 16 digits of its hash, so that different paths never meet.
+
+    At most 60 + 1 + 16 = 77 characters. With 64 bits, the chance that any two of 10^8 paths meet is 3e-4.
+    """
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return f"{_slug(name.rpartition('.')[0])}-{digest}".lstrip("-")
 
 

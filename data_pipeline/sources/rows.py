@@ -202,8 +202,7 @@ class ParquetRows:
                     self._held = number, opened.read_row_group(group, use_threads=False)
             except (OSError, ValueError) as error:  # pyarrow's errors of damaged data are both
                 raise Rejected("damaged table", f"{self.paths[file]}, row group {group}: {error}") from error
-        found: dict[str, Any] = self._held[1].slice(row, 1).to_pylist()[0]
-        return found
+        return _row(self._held[1], row)
 
     def place(self, index: int) -> str:
         """The number of the row, from 1."""
@@ -239,10 +238,9 @@ class ArrowRows:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row `index`. Raises IndexError."""
+        """Row `index`. Raises IndexError, Rejected."""
         number, row = _locate(self._ends, index)
-        found: dict[str, Any] = self._table(number).slice(row, 1).to_pylist()[0]
-        return found
+        return _row(self._table(number), row)
 
     def place(self, index: int) -> str:
         """The number of the row, from 1."""
@@ -276,6 +274,15 @@ class _readable:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
         if isinstance(error, ValueError | OSError):
             raise ValueError(f"{self.path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _row(table: Any, row: int) -> dict[str, Any]:
+    """One row of a pyarrow table. Raises Rejected for a value that Python cannot hold: text that is not UTF-8, ..."""
+    try:
+        found: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        raise Rejected("bad row", " ".join(str(error).split())) from error
+    return found
 
 
 def _locate(ends: Sequence[int], index: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from data_pipeline.build import BuildConfig, build
 from data_pipeline.duplicates import perceptual_hash
 from data_pipeline.filters import FilterConfig
 from data_pipeline.images import load_image, resize_crop
-from data_pipeline.ledger import Ledger, index_names, read_ledgers, write_ledger
+from data_pipeline.ledger import PAGE, Ledger, index_names, publish, read_ledgers, write_ledger
 from data_pipeline.report import Report
 from data_pipeline.shards import ShardDataset, read_index
 from data_pipeline.sources import Rejected, Sample
@@ -312,3 +312,40 @@ def test_ray_is_asked_for_when_missing(source: FolderSource, tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'ldm\[ray\]'"):
         build(source, replace(SETTINGS, executor="ray"), tmp_path)
+
+
+def test_a_picture_longer_than_its_format_holds_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for width in (16_383, 16_384):
+        Image.new("RGB", (width, 1)).save(tmp_path / f"in/{width}.png")
+        (tmp_path / f"in/{width}.txt").write_text("long")
+    source = FolderSource(FolderConfig(str(tmp_path / "in")))
+    report = build(source, BuildConfig(image_format="webp"), tmp_path / "out")
+    assert report is not None and report.delivered == 1 and report.rejected["too long for its format"].count == 1
+    ((_, ledger),) = read_ledgers(tmp_path / "out", index_names(tmp_path / "out", read_index(tmp_path / "out")))
+    assert ledger.rejected[0]["detail"] == "16384 px, webp holds 16383"
+
+
+def test_names_and_details_that_no_file_can_hold(tmp_path: Path) -> None:
+    source = Listed([("k", ""), ("\ud800" + "x" * 9000, "dull")])
+    build(source, BuildConfig(), tmp_path / "out")
+    ((_, ledger),) = read_ledgers(tmp_path / "out", index_names(tmp_path / "out", read_index(tmp_path / "out")))
+    assert ledger.rejected[0]["detail"] == "?" + "x" * 8191
+
+
+def test_publishing_clears_the_page_of_before(source: FolderSource, tmp_path: Path) -> None:
+    build(source, SETTINGS, tmp_path)
+    (tmp_path / PAGE).write_text("pictures of before")
+    publish(tmp_path, index_names(tmp_path, read_index(tmp_path)), read_index(tmp_path))
+    assert not (tmp_path / PAGE).exists()
+
+
+class Unreadable(Exception):
+    """It pickles, but its class cannot be called with what it says."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
+
+
+def _raise_unreadable(number: int) -> None:
+    raise Unreadable("lost", f"at {number}")

@@ -219,3 +219,16 @@ def test_a_journal_cut_or_flipped_anywhere_gives_back_what_is_before(tmp_path: P
         flipped[body] ^= 1
         journal.write_bytes(flipped)
         assert Part(tmp_path, 3, range(30, 40)).todo() == list(range(30 + ends.index(body + 1), 40))
+
+
+def test_a_journal_line_that_is_damaged_is_where_it_is_cut(tmp_path: Path) -> None:
+    part = Part(tmp_path, 0, range(4))
+    for row in range(3):
+        part.record(row, Outcome(1, data=b"data"))
+    journal = tmp_path / ".00000.journal"
+    whole = journal.read_bytes()
+    first = whole.index(b"data") + 4
+    for bad in (b"3\n", b"{}\n", b"[]\n", b'"x"\n', whole[first:].replace(b'"row": 1', b'"row": 3', 1)):
+        journal.write_bytes(whole[:first] + bad + whole[first:])
+        assert Part(tmp_path, 0, range(4)).todo() == [1, 2, 3]
+        assert journal.read_bytes() == whole[:first]

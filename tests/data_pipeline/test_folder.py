@@ -141,3 +141,21 @@ def test_keys_are_safe_and_differ() -> None:
 def test_pickles(source: FolderSource) -> None:
     copy = pickle.loads(pickle.dumps(source))
     assert copy[3] == source[3] and copy.fingerprint == source.fingerprint
+
+
+def test_pictures_of_other_formats_are_rejected_by_name(tmp_path: Path) -> None:
+    picture(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").rename(tmp_path / "a.JFIF")
+    picture(tmp_path / "b.tiff")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert verdicts(tmp_path) == {"a.JFIF": ("a",), "b.tiff": "unsupported image format"}
+
+
+def test_names_that_are_not_text(tmp_path: Path) -> None:
+    """A lone surrogate, which JSON can hold and UTF-8 cannot, is shown as U+FFFD; keys differ all the same."""
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "\\ud800.png", "text": "x"}\n')
+    assert verdicts(tmp_path) == {"a.png": "no caption", "\ufffd.png": "missing image"}
+    keys = [file_key(name) for name in ("\ud800.png", "\udcff.png", "a" * 99 + ".png")]
+    assert len(set(keys)) == 3 and [len(key) for key in keys] == [16, 16, 77]

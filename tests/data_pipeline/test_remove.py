@@ -179,6 +179,18 @@ def test_keys_that_meet(tmp_path: Path) -> None:
     assert set(samples(tmp_path / "both")) == {f"{n}-{key}" for n in (0, 1) for key in samples(folder)}
 
 
+def test_new_keys_that_are_too_long(tmp_path: Path) -> None:
+    name = "a" * 99
+    Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
+    (tmp_path / f"{name}.txt").write_text("a caption")
+    build(FolderSource(FolderConfig(str(tmp_path))), SETTINGS, tmp_path / "77")
+    copying.merge([tmp_path / "77"] * 2, tmp_path / "79", rename=True)
+    assert {len(key) for key in samples(tmp_path / "79")} == {79}
+    with pytest.raises(ValueError, match=r"key '0-0-a.*' would be longer than 80 characters"):
+        copying.merge([tmp_path / "79"] * 2, tmp_path / "81", rename=True)
+    assert not (tmp_path / "81").exists()
+
+
 def test_merging_unlike_folders(shard_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one size and one image format .*: 16 png; .*: 32 png"):
         copying.merge([shard_folder, shapes(tmp_path / "1", 9, 0)], tmp_path / "both")

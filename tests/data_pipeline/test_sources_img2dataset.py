@@ -110,3 +110,12 @@ def test_what_the_table_does_not_say(folder: Path) -> None:
     (folder / "00001.parquet").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match=r"00001\.parquet cannot be read"):
         opened(folder)
+
+
+def test_shards_in_several_folders_share_no_key(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name, 0)
+    source = opened(tmp_path)
+    keys = [key for _, key, *_ in described(source) if key.startswith(("a-", "b-"))]
+    assert len(keys) == len(set(keys)) == 6

@@ -361,3 +361,39 @@ def test_csv_agrees_with_the_standard_reader(tmp_path: Path) -> None:
         path.write_text(text.getvalue(), newline="")
         opened = open_table(str(path))
         assert [list(opened[i].values()) for i in range(len(opened))] == made[1:]
+
+
+def test_values_that_python_cannot_hold_reject_their_row(tmp_path: Path) -> None:
+    """Text that is not UTF-8 passes through Parquet and Arrow and fails on its way to Python."""
+    offsets, data = pa.py_buffer(np.array([0, 1, 2], np.int32).tobytes()), pa.py_buffer(b"a\xff")
+    table = pa.table({"text": pa.StringArray.from_buffers(2, offsets, data)})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    with pa.OSFile(str(tmp_path / "t.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    for rows in (
+        rows_module.ParquetRows([str(tmp_path / "t.parquet")]),
+        rows_module.ArrowRows([str(tmp_path / "t.arrow")]),
+    ):
+        assert rows[0] == {"text": "a"}
+        with pytest.raises(Rejected, match="bad row"):
+            rows[1]
+
+
+def test_names_and_depths_that_json_allows() -> None:
+    roles = choose(Columns(), ("text", "\ud800"), "t")
+    assert roles.about({"text": "x", "\ud800": {"\ud801": 1}}) == {"columns": {"?": {"?": 1}}}
+    deep: Any = 1
+    for _ in range(2000):
+        deep = [deep]
+    with pytest.raises(Rejected, match="nested too deep"):
+        roles.about({"text": "x", "more": deep})
+
+
+def test_parquet_files_of_any_name_and_place(tmp_path: Path) -> None:
+    for name in ("odd name.parquet", "a/train-0.parquet", "b/train-0.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_table(tmp_path / name, {"text": ["x"]})
+    with pytest.raises(ValueError, match="one of odd name, train"):
+        HuggingFaceSource(HuggingFaceConfig(path=str(tmp_path)))
+    with pytest.raises(ValueError, match="'train' lie in several folders"):
+        HuggingFaceSource(HuggingFaceConfig(path=str(tmp_path), split="train"))

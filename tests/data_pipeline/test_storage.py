@@ -229,3 +229,21 @@ def test_cache_outlives_a_killed_fetch(tmp_path: Path) -> None:
     assert killed.returncode == 9 and any(p.suffix == ".part" for p in folder.iterdir())
     assert FileCache(folder, 150).open(str(source)).read() == b"x" * 100
     assert not any(p.suffix == ".part" for p in folder.iterdir())
+
+
+def test_links_and_folders_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/b.png").write_bytes(b"x")
+    assert [(f.name, f.size) for f in storage.list_files(tmp_path)] == [("a.png", 0), ("loop.png", 0), ("sub/b.png", 1)]
+    scan = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # not by its mode, which does not bind root
+    with pytest.raises(PermissionError, match="sub"):
+        storage.list_files(tmp_path)
