@@ -8,7 +8,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ldm", "ldm.*", "data_pipeline", "data_pipeline.*"]),
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.12",
         "open_clip_torch>=3.3",
         "transformers>=5.6",
         "accelerate>=1.10",

@@ -37,8 +37,8 @@ from data_pipeline.shards import ShardDataset
 from data_pipeline.sources.folder import FolderConfig, FolderSource
 
 SIZE, QUALITY, BATCH = 256, 95, 16
-TOLERANCE = 1e-5
-"""Of the pixels' mean: sums of the same numbers in another order."""
+TOLERANCE = 1e-4
+"""Of the pixels' mean: the two resizes round at different places, by a level in a pixel now and then."""
 
 
 def photographs(folder: Path, count: int) -> Path:

@@ -15,10 +15,11 @@ from data_pipeline.assembly import Progress, assemble
 from data_pipeline.captions import clean_captions, clean_weights
 from data_pipeline.duplicates import perceptual_hash
 from data_pipeline.filters import FilterConfig, Similarity, check
-from data_pipeline.images import encode_image, resize_crop
+from data_pipeline.images import encode_image
 from data_pipeline.ledger import Ledger, newest_names, removed_row, shard_name, write_ledger
 from data_pipeline.remove import read_removals
 from data_pipeline.report import Report
+from data_pipeline.resize import resize_crop
 from data_pipeline.sources import Rejected, Sample, Source
 from data_pipeline.storage import StrPath, join
 

@@ -1,4 +1,4 @@
-"""Bytes or a file -> a clean RGB picture, or a named reason; resizing to a square; writing without metadata."""
+"""Bytes or a file -> a clean RGB picture, or a named reason; writing without metadata."""
 
 import hashlib
 import io
@@ -241,23 +241,6 @@ def on_white(image: Image.Image) -> Image.Image:
     return to_rgb(image, WHITE)
 
 
-def resize_crop(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square of `image`, as size x size pixels (Lanczos, antialiased).
-
-    Same as shortest side to `size`, then a centre crop, but a 1 x 20000 picture costs no more than others.
-    """
-    if size < 1:
-        raise ValueError(f"size={size}: a picture needs at least 1 pixel a side")
-    width, height = image.size
-    if (width, height) == (size, size):
-        return image
-    side = min(width, height)
-    # Whole pixels: a half-pixel offset would blur a picture that only needs cropping.
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
-
-
 def encode_image(image: Image.Image, image_format: str, quality: int) -> bytes:
     """RGB picture -> png (lossless), jpg or webp bytes; `quality` (1-100) counts for the last two.
 
@@ -270,8 +253,10 @@ def encode_image(image: Image.Image, image_format: str, quality: int) -> bytes:
     }
     if image_format not in options:
         raise ValueError(f"image_format={image_format!r}: allowed are {', '.join(options)}")
-    bare = image.copy()
-    bare.info = {}  # Pillow writes comments and profiles that it finds there
+    bare = image
+    if image.info:  # Pillow writes comments and profiles that it finds there
+        bare = image.copy()
+        bare.info = {}
     buffer = io.BytesIO()
     bare.save(buffer, **options[image_format])
     return buffer.getvalue()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipeline.buckets import Shape
 from data_pipeline.images import to_rgb
+from data_pipeline.resize import resize
 
 _FORMATS = ("PNG", "JPEG", "WEBP")  # in which shards store pictures
 
@@ -102,7 +103,7 @@ def cut(image: Image.Image, frame: Frame, target: Shape) -> Image.Image:
     """The part of a stored picture in `frame` at the size `target` (Lanczos, antialiased)."""
     if image.size != target:
         box = (frame.left, frame.top, frame.left + frame.width, frame.top + frame.height)
-        image = image.resize(target, Image.Resampling.LANCZOS, box=box)
+        image = resize(image, target, box)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if frame.mirrored else image
 
 

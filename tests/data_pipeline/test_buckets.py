@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.buckets import Shape, assign, bucket_shapes
-from data_pipeline.images import resize_crop
+from data_pipeline.resize import resize_crop
 from data_pipeline.transforms import Frame, Framing, cut, largest_box, told_sizes
 
 

@@ -17,9 +17,10 @@ from data_pipeline.assembly import index
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.duplicates import perceptual_hash
 from data_pipeline.filters import FilterConfig
-from data_pipeline.images import load_image, resize_crop
+from data_pipeline.images import load_image
 from data_pipeline.ledger import PAGE, Ledger, index_names, publish, read_ledgers, write_ledger
 from data_pipeline.report import Report
+from data_pipeline.resize import resize_crop
 from data_pipeline.shards import ShardDataset, read_index
 from data_pipeline.sources import Rejected, Sample
 from data_pipeline.sources.folder import FolderConfig, FolderSource

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.image_files import orientation
-from data_pipeline.images import MAX_BYTES, encode_image, load_image, read_image, resize_crop, to_rgb
+from data_pipeline.images import MAX_BYTES, encode_image, load_image, read_image, to_rgb
 from data_pipeline.sources import Rejected
 from tests.data_pipeline import corpus
 from tests.data_pipeline.corpus import EXIF, chunk, encode, noise, png, png16, profile, tiff_directory
@@ -343,26 +343,3 @@ def test_memory_of_the_largest_pictures() -> None:
     costs = in_a_child("limit")
     assert {cost[0] for cost in costs.values()} == {"read"}
     assert max(megabytes for *_, megabytes in costs.values()) <= 512 - 40 - MAX_BYTES / 2**20
-
-
-def test_resize_crop_takes_the_centre() -> None:
-    image = Image.new("RGB", (30, 10), "red")
-    image.paste("blue", (10, 0, 20, 10))
-    assert np.asarray(resize_crop(image, 10)).tolist() == [[[0, 0, 255]] * 10] * 10
-    tall = image.transpose(Image.Transpose.ROTATE_90)
-    whole = tall.resize((5, 15), Image.Resampling.LANCZOS)
-    assert resize_crop(tall, 5).tobytes() == whole.crop((0, 5, 5, 10)).tobytes()
-    square = noise(8, 8)
-    assert resize_crop(square, 8).tobytes() == square.tobytes()
-
-
-def test_resize_is_antialiased() -> None:
-    checkers = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
-    inner = np.asarray(resize_crop(checkers, 8))[2:-2, 2:-2].astype(int)
-    assert np.abs(inner - 127).max() <= 2
-
-
-def test_extreme_shapes_cost_little() -> None:
-    assert resize_crop(Image.new("RGB", (1, 20000)), 64).size == (64, 64)
-    with pytest.raises(ValueError, match="size=0"):
-        resize_crop(noise(), 0)

@@ -18,8 +18,8 @@ import webdataset
 from PIL import Image
 
 from data_pipeline.build import BuildConfig, build
-from data_pipeline.images import resize_crop
 from data_pipeline.ledger import read_ledger
+from data_pipeline.resize import resize_crop
 from data_pipeline.shards import Entry, Info, RawSample, ShardDataset, Tar, write_index, write_tar
 from data_pipeline.sources.folder import FolderSource
 from data_pipeline.sources.shapes import ShapesConfig, ShapesSource
