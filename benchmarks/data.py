@@ -33,7 +33,7 @@ from benchmarks.harness import Comparison, Schedule, Subject, compare, table, wr
 from data_pipeline import shards
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.loader import DataConfig, Loader, open_data
-from data_pipeline.shards import ShardDataset
+from data_pipeline.reader import ShardReader
 from data_pipeline.sources.folder import FolderConfig, FolderSource
 
 SIZE, QUALITY, BATCH = 256, 95, 16
@@ -91,7 +91,7 @@ def build_subjects(source: Path, work: Path) -> dict[str, Subject]:
         return torch.tensor([count])
 
     def read_ours(_: Any) -> tuple[Tensor, ...]:
-        made = ShardDataset(work / "ours")
+        made = ShardReader(work / "ours")
         return (mean_of(made[i].image_bytes for i in range(len(made))),)
 
     def read_plain(_: Any) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 class Batch:
     """image [B, 3, H, W] float32 in [-1, 1]; captions and keys: B each.
 
-    positions [B] int64: the place of each sample in the run's global stream. All randomness of a sample
+    positions [B] int64, on the host: the place of each sample in the run's global stream. All randomness of a sample
     derives from (seed, position), so it does not depend on batch size, rank or worker.
     weights [B] float32: how much each sample counts in the loss; None: all 1.
     sizes [B, 6] int64: original height and width, crop top and left, target height and width, px (Podell et al. 2023,
@@ -46,8 +46,8 @@ class Batch:
         return [self._rows(slice(a, b)) for a, b in itertools.pairwise(edges)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The same batch with its tensors on `device`; the positions stay: the host seeds random numbers by them."""
+        return self._map(lambda t: t if t is self.positions else t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; torch's DataLoader looks for this method."""

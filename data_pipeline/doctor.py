@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from data_pipeline.shards import ShardDataset
+from data_pipeline.reader import ShardReader
 from data_pipeline.storage import StrPath
 from data_pipeline.survey import Survey, survey
 
@@ -52,7 +52,7 @@ class Training:
 def examine(folder: StrPath, training: Training, tokens: Callable[[str], int] | None = None) -> list[Finding]:
     """What is well and what is not, in order; `tokens` counts those of a caption, start and end included."""
     try:
-        dataset = ShardDataset(folder)
+        dataset = ShardReader(folder)
         found = survey(folder, pictures=0)
         step = max(1, len(dataset) // max(_PICTURES, _CAPTIONS))
         rows = range(0, len(dataset), step)[:_CAPTIONS]
@@ -105,7 +105,7 @@ def _cost(found: Survey, training: Training) -> list[Finding]:
     return [Finding(OK, f"{disk}; an epoch takes {_duration(seconds)} and reads {rate:.1f} MB/s")]
 
 
-def _pictures(dataset: ShardDataset, rows: range, size: int | None, image_format: str) -> list[Finding]:
+def _pictures(dataset: ShardReader, rows: range, size: int | None, image_format: str) -> list[Finding]:
     """Mode, size and range of values, as a model would get them."""
     findings, low, high, blank = [], 255, 0, 0
     for sample in map(dataset.__getitem__, rows):

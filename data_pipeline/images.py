@@ -76,11 +76,6 @@ def read_image(source: bytes | Path, max_pixels: int = MAX_PIXELS, background: C
     return Decoded(_upright(image, exif, notes), hashlib.sha256(data).hexdigest(), file.format, tuple(notes))
 
 
-def load_image(source: bytes | Path, max_pixels: int = MAX_PIXELS, background: Colour = WHITE) -> Image.Image:
-    """Only the picture of `read_image`."""
-    return read_image(source, max_pixels, background).image
-
-
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:

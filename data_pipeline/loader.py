@@ -12,11 +12,8 @@ from data_pipeline.mixing import Order, Place, epoch_order
 from data_pipeline.precompute import Cache
 from data_pipeline.reader import ShardReader
 from data_pipeline.samples import Samples, open_folder
-from data_pipeline.shards import ShardDataset
 
 __all__ = ["DataConfig", "Loader", "collate", "epoch_order", "fixed_batch", "open_data"]
-
-Folder = ShardDataset | ShardReader
 
 
 def open_data(config: DataConfig) -> list[ShardReader]:
@@ -35,7 +32,7 @@ class Loader:
 
     def __init__(
         self,
-        data: Folder | Sequence[Folder],
+        data: ShardReader | Sequence[ShardReader],
         config: DataConfig,
         *,
         batch_size: int,
@@ -94,7 +91,7 @@ class Loader:
             batch += self.batch_size
 
 
-def fixed_batch(data: Folder | Sequence[Folder], config: DataConfig, count: int) -> Batch:
+def fixed_batch(data: ShardReader | Sequence[ShardReader], config: DataConfig, count: int) -> Batch:
     """The first `count` samples in stored order, for validation and previews.
 
     Centred squares, not flipped, main captions, read from the pictures themselves.
@@ -116,6 +113,5 @@ def collate(samples: list[Batch]) -> Batch:
     return Batch.cat(samples)
 
 
-def _readers(data: Folder | Sequence[Folder]) -> list[ShardReader]:
-    folders: Sequence[Folder] = [data] if isinstance(data, ShardDataset | ShardReader) else data
-    return [folder if isinstance(folder, ShardReader) else ShardReader(folder.path) for folder in folders]
+def _readers(data: ShardReader | Sequence[ShardReader]) -> list[ShardReader]:
+    return [data] if isinstance(data, ShardReader) else list(data)

@@ -1,9 +1,7 @@
 """Resizing of RGB pictures: Lanczos, antialiased, in integers, so that every CPU gives the same bytes."""
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 
 Box = tuple[int, int, int, int]
 
@@ -14,9 +12,11 @@ def resize(image: Image.Image, size: tuple[int, int], box: Box | None = None) ->
     Lanczos with 3 lobes; rows first, rounded and clipped to 0..255, then columns: within 2 of 255 of that in real
     numbers. Pillow's differs by which pass comes first; this is several times faster where the CPU has AVX2.
     """
+    import torch  # here, for it takes seconds to import, and the command line imports this module
+
     pixels = np.array(image if box is None else image.crop(box))  # a copy: torch wants memory that it may write to
     planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # [1, 3, H, W] in the order of memory as it is
-    resized = interpolate(planes, size=(size[1], size[0]), mode="lanczos", antialias=True)
+    resized = torch.nn.functional.interpolate(planes, size=(size[1], size[0]), mode="lanczos", antialias=True)
     return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
 
 

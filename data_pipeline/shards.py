@@ -7,11 +7,8 @@
 The tar alone cannot tell a cut or a flipped byte from a smaller, different shard; the index can.
 """
 
-import bisect
 import hashlib
-import itertools
 import json
-import os
 import tarfile
 import tempfile
 from collections.abc import Iterable
@@ -24,12 +21,9 @@ from data_pipeline.durable import StagedFile
 from data_pipeline.storage import StrPath
 
 FORMAT = "ldm-shards"
-VERSION = (
-    2  # 1 had no ledger: neither `rows` and `empty` here, nor the rows of samples and rejections in a shard's index
-)
+VERSION = 2  # 1 had no ledger: no `rows` and `empty` here, no rows of samples and rejections in a shard's index
 READABLE = (1, 2)
 INDEX = "index.json"
-_OPEN_FILES = 64  # per process; far below the usual limit of 1024
 
 
 @dataclass(frozen=True)
@@ -193,86 +187,3 @@ def read_index(folder: StrPath) -> Info:
     listed = tuple(ShardInfo(**s) for s in data.pop("shards"))
     empty = tuple(LedgerInfo(**s) for s in data.pop("empty", ()))
     return Info(**data, shards=listed, empty=empty)
-
-
-class ShardDataset:
-    """A shard folder as a list: `len(ds)`, `ds[i]`, `ds.info`. Every byte returned has matched its sha256.
-
-    Opening checks that every shard is there with its full length. Safe in forked and spawned worker
-    processes; one object is not for several threads.
-    """
-
-    def __init__(self, path: StrPath) -> None:
-        self.path = Path(path)
-        self.info = read_index(self.path)
-        for shard in self.info.shards:
-            file = self.path / shard.file
-            found = file.stat().st_size if file.exists() else None
-            if found != shard.bytes:
-                problem = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
-                raise ValueError(f"shard {file} {problem}; build the folder again")
-        if self.info.samples == 0:
-            raise ValueError(f"{self.path} holds no samples")
-        self._ends = list(itertools.accumulate(s.samples for s in self.info.shards))
-        self._samples: dict[int, list[dict[str, Any]]] = {}
-        self._files: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        return self.info.samples
-
-    def __getitem__(self, index: int) -> RawSample:
-        """Sample `index`. Raises IndexError; RuntimeError naming shard and key if its bytes changed."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        shard = bisect.bisect_right(self._ends, index)
-        first = self._ends[shard] - self.info.shards[shard].samples
-        sample = self._shard_samples(shard)[index - first]
-        parts = {ext: self._read(shard, sample["key"], ext, place) for ext, place in sample["members"].items()}
-        meta = json.loads(parts["json"])
-        return RawSample(sample["key"], parts[self.info.image_format], tuple(meta.pop("captions")), meta)
-
-    def damaged(self) -> list[str]:
-        """Read every shard whole and name each file that is not as it was written; [] when all is well."""
-        named = [(s.file, s.sha256) for s in self.info.shards]
-        named += [(s.index, s.index_sha256) for s in self.info.shards]
-        named += [(s.index, s.index_sha256) for s in self.info.empty]
-        return [
-            name for name, digest in named if not (self.path / name).exists() or file_sha256(self.path / name) != digest
-        ]
-
-    def close(self) -> None:
-        """Close the shard files this process has open; reading opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # file descriptors mean nothing in another process
-
-    def __del__(self) -> None:
-        if "_files" in self.__dict__:
-            self.close()
-
-    def _shard_samples(self, shard: int) -> list[dict[str, Any]]:
-        if shard not in self._samples:
-            info = self.info.shards[shard]
-            path = self.path / info.index
-            data = path.read_bytes() if path.exists() else b""
-            if sha256(data) != info.index_sha256:
-                raise RuntimeError(f"shard index {path} is damaged or missing; build the folder again")
-            self._samples[shard] = json.loads(data)["samples"]
-        return self._samples[shard]
-
-    def _read(self, shard: int, key: str, extension: str, place: list[Any]) -> bytes:
-        offset, size, digest = place
-        data = os.pread(self._file(shard), size, offset)
-        if sha256(data) != digest:
-            path = self.path / self.info.shards[shard].file
-            raise RuntimeError(f"shard {path} is damaged at {key}.{extension}; build the folder again")
-        return data
-
-    def _file(self, shard: int) -> int:
-        if shard not in self._files:
-            if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self.path / self.info.shards[shard].file, os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[shard]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.loader import DataConfig, Loader
-from data_pipeline.shards import ShardDataset
+from data_pipeline.reader import ShardReader
 from ldm.evaluation.metrics import psnr
 
 BATCH = 16
@@ -153,7 +153,7 @@ def set_statistics(autoencoder: Any, found: Reconstructed, kind: str) -> None:
 
 def pictures(data: Path, size: int | None, count: int) -> Iterable[Tensor]:
     """`count` different pictures of a shard folder in a fixed random order, BATCH at a time. Raises ValueError."""
-    dataset = ShardDataset(data)
+    dataset = ShardReader(data)
     if not 1 <= count <= len(dataset):
         raise ValueError(f"count={count}: {data} has {len(dataset)} pictures")
     batch = min(BATCH, count)

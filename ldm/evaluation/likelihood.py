@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import DataConfig, fixed_batch
-from data_pipeline.shards import ShardDataset
+from data_pipeline.reader import ShardReader
 from ldm.diffusion.likelihood import bits_per_dim, log_likelihood
 from ldm.diffusion.noise import DiscreteSchedule, ImageNoise
 from ldm.diffusion.process import Estimate
@@ -47,7 +47,7 @@ def evaluate_nll(pipeline: Pipeline, data: str, count: int, counting: Counting) 
     schedule = pipeline.diffusion.schedule
     if counting.method == "vlb" and not isinstance(schedule, DiscreteSchedule):
         raise ValueError("the variational bound is that of a chain of levels; with this model use --method ode")
-    samples = fixed_batch(ShardDataset(Path(data)), DataConfig(data, pipeline.size), count)
+    samples = fixed_batch(ShardReader(Path(data)), DataConfig(data, pipeline.size), count)
     found: dict[str, list[Tensor]] = {}
     for part in samples.split(-(-count // BATCH)):
         seeds = [counting.seed + position for position in part.positions.tolist()]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import DataConfig, fixed_batch
-from data_pipeline.shards import ShardDataset
+from data_pipeline.reader import ShardReader
 from data_pipeline.sources.shapes import draw, parse, prompts
 from ldm.evaluation.metrics import psnr
 from ldm.evaluation.nearest import name_recall
@@ -122,7 +122,7 @@ class Gallery:
 
 def load_gallery(path: Path, size: int) -> Gallery:
     """Every picture of a shard folder at size x size pixels, with its main caption as its name."""
-    dataset = ShardDataset(path)
+    dataset = ShardReader(path)
     batch = fixed_batch(dataset, DataConfig(path=str(path), size=size), len(dataset))
     return Gallery(batch.image, batch.captions)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_pipeline import storage
 from data_pipeline.build import BuildConfig, build
-from data_pipeline.shards import ShardDataset
+from data_pipeline.reader import ShardReader
 from data_pipeline.sources.folder import FolderConfig, FolderSource
 
 
@@ -40,8 +40,8 @@ def shard_folder(source: FolderSource, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def dataset(shard_folder: Path) -> ShardDataset:
-    return ShardDataset(shard_folder)
+def dataset(shard_folder: Path) -> ShardReader:
+    return ShardReader(shard_folder)
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,12 @@ from data_pipeline.assembly import index
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.duplicates import perceptual_hash
 from data_pipeline.filters import FilterConfig
-from data_pipeline.images import load_image
+from data_pipeline.images import read_image
 from data_pipeline.ledger import PAGE, Ledger, index_names, publish, read_ledgers, write_ledger
+from data_pipeline.reader import ShardReader
 from data_pipeline.report import Report
 from data_pipeline.resize import resize_crop
-from data_pipeline.shards import ShardDataset, read_index
+from data_pipeline.shards import read_index
 from data_pipeline.sources import Rejected, Sample
 from data_pipeline.sources.folder import FolderConfig, FolderSource
 from data_pipeline.sources.shapes import ShapesConfig, ShapesSource
@@ -66,7 +67,7 @@ def test_workers_change_no_byte(source: FolderSource, shard_folder: Path, tmp_pa
 @pytest.mark.parametrize("image_format", ["png", "jpg", "webp"])
 def test_formats(source: FolderSource, tmp_path: Path, image_format: str) -> None:
     build(source, BuildConfig(image_format=image_format), tmp_path / "out")
-    stored = ShardDataset(tmp_path / "out")
+    stored = ShardReader(tmp_path / "out")
     assert stored.info.size is None and stored.info.image_format == image_format
     (tmp_path / "picture").write_bytes(stored[0].image_bytes)
     with Image.open(tmp_path / "picture") as picture:
@@ -79,10 +80,10 @@ def test_delivered_and_rejected_make_up_the_source(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     report = build(Listed(items), SETTINGS, tmp_path / "out", lambda *done: calls.append(done))
     assert {r: v.count for r, v in report.rejected.items()} == {"bad eyes": 15, "no ears": 7}
-    assert report.delivered == 23 == len(ShardDataset(tmp_path / "out"))
+    assert report.delivered == 23 == len(ShardReader(tmp_path / "out"))
     assert report.rejected["no ears"].examples[:2] == ["item 10 (k10)", "item 11 (k11)"]
     assert calls == [(0, 45), (10, 45), (20, 45), (30, 45), (40, 45), (45, 45)]
-    assert [s.file for s in ShardDataset(tmp_path / "out").info.shards] == [
+    assert [s.file for s in ShardReader(tmp_path / "out").info.shards] == [
         "00000.tar", "00002.tar", "00003.tar", "00004.tar",
     ]  # fmt: skip
     stored = Report.from_json(json.loads((tmp_path / "out" / "report.json").read_text()))
@@ -273,9 +274,9 @@ def test_filters_and_hashes(pictures: Path, tmp_path: Path) -> None:
         for sample in ledger.samples:
             original = (pictures / sample["name"]).read_bytes()
             assert sample["content"] == hashlib.sha256(original).hexdigest()
-            stored = resize_crop(load_image(original), 16)
+            stored = resize_crop(read_image(original).image, 16)
             assert sample["phash"] == perceptual_hash(stored) and sample["size"] == [16, 16]
-            assert sample["original"] == list(load_image(original).size)
+            assert sample["original"] == list(read_image(original).image.size)
     assert shown == 8
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from data_pipeline.shards import ShardDataset
+from data_pipeline.reader import ShardReader
 from ldm.cli.data import app
 from ldm.cli.data.build import read_part
 
@@ -29,7 +29,7 @@ def test_shapes(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     said = ldm_data("build", "shapes", out, "--size", "48", "count=12", "seed=1")
     assert out in said and "delivered" in said and "12 samples" in said and "12 of 12 samples" in said
-    dataset = ShardDataset(tmp_path / "out")
+    dataset = ShardReader(tmp_path / "out")
     assert (dataset.info.size, len(dataset)) == (48, 12)
     assert dataset.info.source["settings"]["size"] == 48  # drawn at 48, not enlarged to it
     said = ldm_data("info", out)
@@ -39,12 +39,12 @@ def test_shapes(tmp_path: Path) -> None:
 
 def test_drawn_sources_know_their_size(tmp_path: Path) -> None:
     ldm_data("build", "shapes", tmp_path, "count=2", "size=40")
-    assert ShardDataset(tmp_path).info.size == 40
+    assert ShardReader(tmp_path).info.size == 40
 
 
 def test_folder_and_filters(pictures: Path, tmp_path: Path) -> None:
     said = ldm_data("build", pictures, tmp_path / "out", "filters.min_side_px=21")
-    dataset = ShardDataset(tmp_path / "out")
+    dataset = ShardReader(tmp_path / "out")
     assert dataset.info.size is None and len(dataset) < 37 and "min_side_px" in said
     assert "original size" in ldm_data("info", tmp_path / "out")
 
@@ -76,17 +76,17 @@ def test_looking(copy: Path, tmp_path: Path) -> None:
     assert "ready to train" in ldm_data("doctor", copy, "--batch", 2, "--ranks", 2)
     with pytest.raises(ValueError, match="1 errors and"):
         ldm_data("doctor", copy, "--batch", 64)
-    ShardDataset(copy)  # the report's files do not disturb
+    ShardReader(copy)  # the report's files do not disturb
 
 
 def test_changing(copy: Path, tmp_path: Path) -> None:
-    first = ShardDataset(copy)[0].key
+    first = ShardReader(copy)[0].key
     (tmp_path / "list").write_text(f"# please\n{first}\nunknown\n")
     said = ldm_data("remove", copy, "--keys", tmp_path / "list", "--dry-run")
-    assert "1 samples would go" in said and len(ShardDataset(copy)) == 37
+    assert "1 samples would go" in said and len(ShardReader(copy)) == 37
     said = ldm_data("remove", copy, "--keys", tmp_path / "list")
     assert "1 samples are out" in said and "not here, or were removed before: unknown" in said
-    assert len(ShardDataset(copy)) == 36
+    assert len(ShardReader(copy)) == 36
     assert "0 samples would go" in ldm_data("dedupe", copy, "--dry-run")
     assert "12 samples" in ldm_data("split", copy, tmp_path / "a", tmp_path / "b", "--count", 12)
     assert "36 samples" in ldm_data("merge", tmp_path / "a", tmp_path / "b", tmp_path / "c")

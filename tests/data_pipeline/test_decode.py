@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_pipeline.image_files import orientation
-from data_pipeline.images import MAX_BYTES, encode_image, load_image, read_image, to_rgb
+from data_pipeline.images import MAX_BYTES, encode_image, read_image, to_rgb
 from data_pipeline.sources import Rejected
 from tests.data_pipeline import corpus
 from tests.data_pipeline.corpus import EXIF, chunk, encode, noise, png, png16, profile, tiff_directory
@@ -21,6 +22,10 @@ REASONS = {
     "unreadable image", "truncated image", "too many pixels", "too many parts", "file too large",
     "unsupported image format", "unsupported pixel format",
 }  # fmt: skip
+
+
+def load_image(source: bytes | Path, *limits: int, **options: Any) -> Image.Image:
+    return read_image(source, *limits, **options).image
 
 
 def pixels(data: bytes) -> list[list[list[int]]]:

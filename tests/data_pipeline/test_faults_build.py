@@ -16,8 +16,8 @@ import pytest
 from data_pipeline import copying, durable
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.ledger import read_ledgers
+from data_pipeline.reader import ShardReader
 from data_pipeline.remove import take_out
-from data_pipeline.shards import ShardDataset
 from data_pipeline.sources.shapes import ShapesConfig, ShapesSource
 from data_pipeline.verify import verify
 
@@ -149,7 +149,7 @@ def test_a_full_disk_is_not_filled_further(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_removal_survives_a_fault_at_every_operation(kind: str, whole: Path, tmp_path: Path) -> None:
-    keys = [ShardDataset(whole)[i].key for i in range(9)]
+    keys = [ShardReader(whole)[i].key for i in range(9)]
     gone = {key: ("removed on request", "by key") for key in keys if key[-1] in "37"}
 
     def remove(out: Path) -> object:
@@ -157,13 +157,13 @@ def test_a_removal_survives_a_fault_at_every_operation(kind: str, whole: Path, t
 
     expected = Path(shutil.copytree(whole, tmp_path / "expected"))
     remove(expected)
-    assert len(ShardDataset(expected)) == 9 - len(gone) == 7
+    assert len(ShardReader(expected)) == 9 - len(gone) == 7
     for k in range(200):
         out = Path(shutil.copytree(whole, tmp_path / str(k)))
         status = in_child(remove, out, FAULTS[kind](k))
         assert status in (0, 9)
         assert verify(out) == []  # at every moment the folder is whole: as it was, or as it was asked for
-        assert len(ShardDataset(out)) in (9, 7)
+        assert len(ShardReader(out)) in (9, 7)
         remove(out)
         assert content(out) == content(expected)
         shutil.rmtree(out)

@@ -22,7 +22,8 @@ from PIL import Image
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.download import FetchConfig
 from data_pipeline.fetch import fetch
-from data_pipeline.shards import ShardDataset, sha256, unseal
+from data_pipeline.reader import ShardReader
+from data_pipeline.shards import sha256, unseal
 from data_pipeline.sources import Rejected
 from data_pipeline.sources.fetched import FetchedConfig, FetchedSource
 from tests.data_pipeline.hostile_server import Request, Server, picture, serving
@@ -315,7 +316,7 @@ def test_a_fetched_folder_is_a_source_and_builds_into_shards(server: Server, tmp
     report = build(source, BuildConfig(size=16), tmp_path / "shards")
     assert report.delivered == 22 and sum(r.count for r in report.rejected.values()) == 3
     assert report.rejected["http 404"].count == 1
-    assert [sample.key for sample in map(ShardDataset(tmp_path / "shards").__getitem__, range(22))] == [
+    assert [sample.key for sample in map(ShardReader(tmp_path / "shards").__getitem__, range(22))] == [
         f"t-{i:09d}" for i in range(25) if i not in (3, 4, 5)
     ]
 

@@ -22,7 +22,6 @@ from data_pipeline.build import BuildConfig, build
 from data_pipeline.loader import DataConfig, Loader, fixed_batch, open_data
 from data_pipeline.reader import ShardReader
 from data_pipeline.samples import Samples, open_folder
-from data_pipeline.shards import ShardDataset
 from data_pipeline.sources.folder import FolderConfig, FolderSource
 
 SIDES = [(48, 48), (70, 40), (40, 70), (110, 40), (60, 50)]
@@ -168,7 +167,7 @@ def test_weights_of_samples(tmp_path: Path) -> None:
     (tmp_path / "pictures" / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     source = FolderSource(FolderConfig(str(tmp_path / "pictures")))
     build(source, BuildConfig(size=16), tmp_path / "out")
-    batch = fixed_batch(ShardDataset(tmp_path / "out"), DataConfig(""), 6)
+    batch = fixed_batch(ShardReader(tmp_path / "out"), DataConfig(""), 6)
     stored = {c: w for c, w in zip(batch.captions, batch.weights.tolist(), strict=True)}  # type: ignore[union-attr]
     assert stored == {f"picture {i}": i / 2 if i else 1.0 for i in range(6)}
 
@@ -249,7 +248,7 @@ def test_damage_is_named(folders: list[Path], tmp_path: Path) -> None:
 
 
 def test_reads_what_the_plain_list_reads(folders: list[Path]) -> None:
-    plain, reader = ShardDataset(folders[0]), ShardReader(folders[0])
+    plain, reader = ShardReader(folders[0]), ShardReader(folders[0])
     assert [reader[i] for i in range(62)] == [plain[i] for i in range(62)]
     with pytest.raises(IndexError):
         reader[62]

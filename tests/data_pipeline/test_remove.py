@@ -13,8 +13,9 @@ from data_pipeline.build import BuildConfig, build
 from data_pipeline.duplicates import DropList
 from data_pipeline.filters import FilterConfig
 from data_pipeline.ledger import index_names, read_ledgers
+from data_pipeline.reader import ShardReader
 from data_pipeline.remove import find, find_twice, read_removals, take_out
-from data_pipeline.shards import RawSample, ShardDataset, read_index, seal, unseal
+from data_pipeline.shards import RawSample, read_index, seal, unseal
 from data_pipeline.sources.folder import FolderConfig, FolderSource
 from data_pipeline.sources.shapes import ShapesConfig, ShapesSource
 from data_pipeline.verify import verify
@@ -28,7 +29,7 @@ def copy(shard_folder: Path, tmp_path: Path) -> Path:
 
 
 def samples(folder: Path) -> dict[str, RawSample]:
-    dataset = ShardDataset(folder)
+    dataset = ShardReader(folder)
     return {dataset[i].key: dataset[i] for i in range(len(dataset))}
 
 
@@ -97,7 +98,7 @@ def test_a_whole_shard_and_never_the_whole_folder(copy: Path) -> None:
     assert verify(copy) == [] and len(outcomes(copy)) == 37
     with pytest.raises(ValueError, match="would take all 30 samples"):
         take_out(copy, {key: ("removed on request", "by key") for key in keys})
-    assert len(ShardDataset(copy)) == 30
+    assert len(ShardReader(copy)) == 30
 
 
 def test_a_damaged_shard_is_not_copied(copy: Path) -> None:
@@ -149,7 +150,7 @@ def test_duplicates_are_found_and_taken_out(twins: Path, tmp_path: Path) -> None
     first = next(k for k in samples(out) if k.startswith("a00"))
     assert set(exact.values()) == {("duplicate", f"same bytes as {first}")}
     report = take_out(out, near)
-    assert report.rejected["duplicate"].count == 3 and len(ShardDataset(out)) == 12
+    assert report.rejected["duplicate"].count == 3 and len(ShardReader(out)) == 12
     assert find_twice(out, near=3) == {} and verify(out) == []
     build(FolderSource(FolderConfig(str(twins))), SETTINGS, tmp_path / "again")
     again = tmp_path / "again"
@@ -211,7 +212,7 @@ def test_splitting(tmp_path: Path) -> None:
     copying.split(more, (tmp_path / "train2", tmp_path / "val2"), share=0.2)
     assert set(samples(tmp_path / "val2")) & set(samples(folder)) == set(samples(tmp_path / "val"))
     copying.split(folder, (tmp_path / "train3", tmp_path / "val3"), count=7, seed=3)
-    assert len(ShardDataset(tmp_path / "val3")) == 7 and len(ShardDataset(tmp_path / "train3")) == 193
+    assert len(ShardReader(tmp_path / "val3")) == 7 and len(ShardReader(tmp_path / "train3")) == 193
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from data_pipeline.build import BuildConfig, build
 from data_pipeline.doctor import ERROR, OK, WARNING, Training, examine
 from data_pipeline.filters import FilterConfig
 from data_pipeline.preview import contact_sheet
+from data_pipeline.reader import ShardReader
 from data_pipeline.report_page import render
-from data_pipeline.shards import RawSample, ShardDataset
+from data_pipeline.shards import RawSample
 from data_pipeline.sources.folder import FolderConfig, FolderSource
 from data_pipeline.survey import survey
 
@@ -159,29 +160,29 @@ def test_the_doctor_finds_bad_data(folder: Path, tmp_path: Path) -> None:
 def test_the_doctor_decodes(shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
     Image.new("L", (16, 16)).save(buffer, "PNG")
-    real = ShardDataset.__getitem__
+    real = ShardReader.__getitem__
 
-    def gray(self: ShardDataset, index: int) -> object:
+    def gray(self: ShardReader, index: int) -> object:
         sample = real(self, index)
         return type(sample)(
             sample.key, buffer.getvalue() if index == 3 else sample.image_bytes, sample.captions, sample.meta
         )
 
-    monkeypatch.setattr(ShardDataset, "__getitem__", gray)
+    monkeypatch.setattr(ShardReader, "__getitem__", gray)
     assert any(f.level == ERROR and "mode L" in f.text for f in examine(shard_folder, Training()))
 
 
 def test_the_doctor_holds_one_sample_at_a_time(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of 2000 samples would be gigabytes."""
-    real, read = ShardDataset.__getitem__, list[weakref.ref[RawSample]]()
+    real, read = ShardReader.__getitem__, list[weakref.ref[RawSample]]()
     alive = []
 
-    def watched(self: ShardDataset, index: int) -> RawSample:
+    def watched(self: ShardReader, index: int) -> RawSample:
         sample = real(self, index)
         read.append(weakref.ref(sample))
         alive.append(sum(each() is not None for each in read))
         return sample
 
-    monkeypatch.setattr(ShardDataset, "__getitem__", watched)
+    monkeypatch.setattr(ShardReader, "__getitem__", watched)
     examine(shard_folder, Training())
     assert len(read) >= 37 and max(alive) <= 2  # the one before is let go when the next is there

@@ -19,14 +19,15 @@ from PIL import Image
 
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.ledger import read_ledger
+from data_pipeline.reader import ShardReader
 from data_pipeline.resize import resize_crop
-from data_pipeline.shards import Entry, Info, RawSample, ShardDataset, Tar, write_index, write_tar
+from data_pipeline.shards import Entry, Info, RawSample, Tar, write_index, write_tar
 from data_pipeline.sources.folder import FolderSource
 from data_pipeline.sources.shapes import ShapesConfig, ShapesSource
 from data_pipeline.verify import verify
 
 
-def test_delivers_every_sample_of_the_source_in_order(source: FolderSource, dataset: ShardDataset) -> None:
+def test_delivers_every_sample_of_the_source_in_order(source: FolderSource, dataset: ShardReader) -> None:
     assert len(dataset) == len(source) == dataset.info.samples
     assert [s.samples for s in dataset.info.shards] == [10, 10, 10, 7]
     for i in range(len(source)):
@@ -36,8 +37,8 @@ def test_delivers_every_sample_of_the_source_in_order(source: FolderSource, data
         assert picture.tobytes() == resize_crop(given.image, 16).tobytes()
 
 
-def test_webdataset_reads_the_same_samples(dataset: ShardDataset) -> None:
-    urls = [str(dataset.path / s.file) for s in dataset.info.shards]
+def test_webdataset_reads_the_same_samples(dataset: ShardReader) -> None:
+    urls = [f"{dataset.path}/{s.file}" for s in dataset.info.shards]
     read = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert len(read) == len(dataset)
     for theirs, ours in zip(read, (dataset[i] for i in range(len(dataset))), strict=True):
@@ -66,12 +67,12 @@ def test_no_entries_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def _first(dataset: ShardDataset, results: "multiprocessing.Queue[RawSample]") -> None:
+def _first(dataset: ShardReader, results: "multiprocessing.Queue[RawSample]") -> None:
     results.put(dataset[11])
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_reads_in_another_process(dataset: ShardDataset, method: str) -> None:
+def test_reads_in_another_process(dataset: ShardReader, method: str) -> None:
     expected = dataset[11]  # also opens the file here
     context = multiprocessing.get_context(method)
     results = context.Queue()
@@ -82,8 +83,8 @@ def test_reads_in_another_process(dataset: ShardDataset, method: str) -> None:
     assert pickle.loads(pickle.dumps(dataset))[11] == expected
 
 
-def test_keeps_few_files_open(dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.shards._OPEN_FILES", 2)
+def test_keeps_few_files_open(dataset: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.reader._OPEN_FILES", 2)
     keys = [dataset[i].key for i in (0, 10, 20, 30, 0)]
     assert keys[0] == keys[4] and len(dataset._files) == 2
     dataset.close()
@@ -91,7 +92,7 @@ def test_keeps_few_files_open(dataset: ShardDataset, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("index", [-1, 37])
-def test_index_outside(dataset: ShardDataset, index: int) -> None:
+def test_index_outside(dataset: ShardReader, index: int) -> None:
     with pytest.raises(IndexError):
         dataset[index]
 
@@ -102,7 +103,7 @@ def copy(shard_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_every_flipped_byte_of_a_member_is_named(copy: Path) -> None:
-    dataset = ShardDataset(copy)
+    dataset = ShardReader(copy)
     sample = json.loads((copy / "00001.json").read_bytes())["samples"][3]
     tar = copy / "00001.tar"
     whole = tar.read_bytes()
@@ -110,10 +111,10 @@ def test_every_flipped_byte_of_a_member_is_named(copy: Path) -> None:
         for at in (offset, offset + size // 2, offset + size - 1):
             tar.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
             with pytest.raises(RuntimeError, match=rf"00001\.tar.*{sample['key']}\.{extension}"):
-                dataset[13]
-            assert dataset.damaged() == ["00001.tar"]
+                dataset.read(13, [extension])
+            assert [line.partition(":")[0] for line in verify(copy)] == ["00001.tar"]
     tar.write_bytes(whole)
-    assert dataset.damaged() == [] and dataset[13].key == sample["key"]
+    assert verify(copy) == [] and dataset[13].key == sample["key"]
 
 
 @pytest.mark.parametrize("keep", [0, 1, 511, 512, 5000, -512, -1])
@@ -121,11 +122,11 @@ def test_truncated_shard(copy: Path, keep: int) -> None:
     tar = copy / "00002.tar"
     tar.write_bytes(tar.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"00002\.tar has \d+ bytes instead of \d+"):
-        ShardDataset(copy)
+        ShardReader(copy)
 
 
 def test_shard_cut_while_open(copy: Path) -> None:
-    dataset = ShardDataset(copy)
+    dataset = ShardReader(copy)
     os.truncate(copy / "00000.tar", 600)
     with pytest.raises(RuntimeError, match=r"00000\.tar is damaged at"):
         dataset[0]
@@ -135,34 +136,34 @@ def test_header_damage_is_found_by_verifying(copy: Path) -> None:
     tar = bytearray((copy / "00003.tar").read_bytes())
     tar[100] ^= 1  # in the first header: no member changes, but webdataset would stop here
     (copy / "00003.tar").write_bytes(tar)
-    assert ShardDataset(copy).damaged() == ["00003.tar"]
+    assert [line.partition(":")[0] for line in verify(copy)] == ["00003.tar"]
 
 
 def test_missing_shard_and_damaged_indexes(copy: Path) -> None:
     (copy / "00002.json").write_bytes((copy / "00002.json").read_bytes().replace(b"0", b"1", 1))
     with pytest.raises(RuntimeError, match=r"00002\.json is damaged"):
-        ShardDataset(copy)[25]
+        ShardReader(copy)[25]
     (copy / "00001.tar").unlink()
     with pytest.raises(ValueError, match=r"00001\.tar is missing"):
-        ShardDataset(copy)
+        ShardReader(copy)
     index = (copy / "index.json").read_bytes()
     for bad in (index.replace(b'"samples": 37', b'"samples": 27'), index[:-9], b"", b"[]", b"\xff"):
         (copy / "index.json").write_bytes(bad)
         with pytest.raises(ValueError, match=r"index\.json is missing or damaged"):
-            ShardDataset(copy)
+            ShardReader(copy)
 
 
 def test_not_a_shard_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no folder .*nowhere; build one with: ldm data build"):
-        ShardDataset(tmp_path / "nowhere")
+        ShardReader(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"not a shard folder; build one with: ldm data build"):
-        ShardDataset(tmp_path)
+        ShardReader(tmp_path)
 
 
 def test_zero_samples(tmp_path: Path) -> None:
     write_index(tmp_path, Info(0, 0, None, "png", {}, ()))
     with pytest.raises(ValueError, match="holds no samples"):
-        ShardDataset(tmp_path)
+        ShardReader(tmp_path)
 
 
 def test_other_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +171,7 @@ def test_other_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr("data_pipeline.shards.VERSION", 99)
         write_index(tmp_path, Info(0, 0, None, "png", {}, ()))
     with pytest.raises(ValueError, match="ldm-shards version 99; this program reads ldm-shards versions 1 and 2"):
-        ShardDataset(tmp_path)
+        ShardReader(tmp_path)
 
 
 def rewritten(names: list[str], contents: dict[str, bytes]) -> bytes:
@@ -266,7 +267,7 @@ def mutate(folder: Path, chance: random.Random) -> Path:
 def delivered(folder: Path, expected: list[RawSample]) -> bool:
     """Read everything. True when all is as written; False when the damage was named. Anything else fails."""
     try:
-        dataset = ShardDataset(folder)
+        dataset = ShardReader(folder)
         got = [dataset[i] for i in range(len(dataset))]
         dataset.close()
     except (ValueError, RuntimeError) as error:
@@ -282,7 +283,7 @@ def test_1000_random_mutations_are_named_or_harmless(tmp_path: Path) -> None:
     build(ShapesSource(ShapesConfig(count=7)), BuildConfig(size=32, samples_per_shard=4), folder)
     for other in ("build.json", "report.json"):  # no sample depends on them
         (folder / other).unlink()
-    dataset = ShardDataset(folder)
+    dataset = ShardReader(folder)
     expected = [dataset[i] for i in range(len(dataset))]
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
     child = os.fork()

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from data_pipeline.shards import ShardDataset
+from data_pipeline.reader import ShardReader
 from ldm.cli.data import app
 from ldm.cli.data.similarity import ClipSimilarity
 from ldm.images import to_tensor
@@ -43,7 +43,7 @@ def test_a_build_turns_away_what_fits_badly(workers: str, models: dict[str, Path
     words = [str(source), str(tmp_path / "out"), f"filters.min_similarity={(low + high) / 2}", "--workers", workers]
     result = CliRunner().invoke(app, ["build", *words, "--clip", run])
     assert result.exit_code == 0, result.output
-    kept = {key.partition("-")[0] for key in (s.key for s in map(ShardDataset(tmp_path / "out").__getitem__, range(1)))}
+    kept = {key.partition("-")[0] for key in (s.key for s in map(ShardReader(tmp_path / "out").__getitem__, range(1)))}
     assert kept <= {name for name, value in values.items() if value >= (low + high) / 2} and kept
     with torch.no_grad():
         again = CliRunner().invoke(app, ["build", *words])

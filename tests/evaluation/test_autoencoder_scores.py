@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from data_pipeline.loader import DataConfig, fixed_batch
-from data_pipeline.shards import ShardDataset
+from data_pipeline.reader import ShardReader
 from ldm.checkpoints.load import load_model
 from ldm.cli.evaluate import app
 from ldm.evaluation.autoencoder import (
@@ -148,7 +148,7 @@ def test_pictures_are_different_ones_and_as_many_as_asked(shards: Path) -> None:
     images = torch.cat(parts)
     assert images.shape == (40, 3, 16, 16) and [len(part) for part in parts] == [16, 16, 8]
     every = torch.cat(list(pictures(shards, 16, 48)))
-    stored = fixed_batch(ShardDataset(shards), DataConfig(str(shards), 16), 48).image
+    stored = fixed_batch(ShardReader(shards), DataConfig(str(shards), 16), 48).image
     assert sorted(x.sum().item() for x in every) == sorted(x.sum().item() for x in stored)  # each once
     assert torch.equal(every[:40], images)
     with pytest.raises(ValueError, match="has 48 pictures"):

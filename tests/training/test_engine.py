@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from data_pipeline.loader import DataConfig, fixed_batch
-from data_pipeline.shards import ShardDataset
+from data_pipeline.reader import ShardReader
 from ldm.checkpoints.files import newest_valid, read_tensors
 from ldm.training import engine
 from ldm.training.denoising import DenoisingTask
@@ -157,7 +157,7 @@ def test_captions_are_dropped_at_their_rate(shards: Path, models: dict[str, Path
     assert isinstance(task, DenoisingTask)
     heard: list[str] = []
     task.text.register_forward_hook(lambda module, args, out: heard.extend(args[0]))
-    batch = fixed_batch(ShardDataset(shards), DataConfig(str(shards), size=16), 48)
+    batch = fixed_batch(ShardReader(shards), DataConfig(str(shards), size=16), 48)
     for start in range(0, 960, 48):
         moved = batch.__class__(batch.image, batch.captions, batch.positions + start, batch.keys)
         next(task.losses(moved, 0))
@@ -182,7 +182,7 @@ def test_latents_are_normalised_by_training(shards: Path, tmp_path: Path) -> Non
     config = tiny_config("autoencoder", tmp_path / "out", shards, "samples=400", "optimizer.lr=0", "task.kl_weight=0")
     task = run(config).task
     model = task.components()["autoencoder"]
-    batch = fixed_batch(ShardDataset(shards), DataConfig(str(shards), size=16), 48)
+    batch = fixed_batch(ShardReader(shards), DataConfig(str(shards), size=16), 48)
     noise = SampleRandomness(0, batch.positions).normal("posterior", (2, 8, 8))
     with torch.no_grad():
         latent = model.encode(batch.image, noise)

@@ -11,8 +11,9 @@ from data_pipeline import storage
 from data_pipeline.doctor import ERROR, WARNING, Training, examine
 from data_pipeline.durable import write_atomically
 from data_pipeline.preview import contact_sheet
+from data_pipeline.reader import ShardReader
 from data_pipeline.report_page import render
-from data_pipeline.shards import ShardDataset, to_json
+from data_pipeline.shards import to_json
 from data_pipeline.survey import survey
 from data_pipeline.verify import verify as find_damage
 from ldm.cli.data.common import app, progress_of
@@ -26,7 +27,7 @@ def info(path: Folder) -> None:
 
     Example: ldm data info data/emoji
     """
-    dataset = ShardDataset(path)
+    dataset = ShardReader(path)
     held = dataset.info
     pixels = f"{held.size} x {held.size} px" if held.size else "original size"
     settings = " ".join(f"{k}={v}" for k, v in held.source["settings"].items())
