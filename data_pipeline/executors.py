@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 EXECUTORS = ("serial", "processes", "ray")
@@ -131,13 +132,17 @@ def _work(job: Job, pipe: Connection) -> None:
                 error: Exception | None = None
             except Exception as raised:
                 raised.add_note(traceback.format_exc())  # the stack itself does not travel
-                error = raised
-            try:
-                pipe.send(error)
-            except (BrokenPipeError, ConnectionResetError):
-                raise
-            except Exception:  # one that cannot be pickled
-                pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+                error = _that_travels(raised)
+            pipe.send(error)
+
+
+def _that_travels(error: Exception) -> Exception:
+    """The same exception, or one that says the same where its own class cannot be sent or rebuilt at the other end."""
+    try:
+        ForkingPickler.loads(ForkingPickler.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _on_ray(job: Job, numbers: list[int], workers: int) -> Iterator[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_pipeline import storage
+from data_pipeline import executors, storage
 from data_pipeline.assembly import index
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.duplicates import perceptual_hash
@@ -351,3 +351,8 @@ class Unreadable(Exception):
 
 def _raise_unreadable(number: int) -> None:
     raise Unreadable("lost", f"at {number}")
+
+
+def test_errors_of_other_processes_are_told_even_if_they_cannot_travel() -> None:
+    with pytest.raises(RuntimeError, match="Unreadable: lost at 7"):
+        list(executors.run(_raise_unreadable, [7], "processes", 1))
