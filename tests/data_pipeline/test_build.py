@@ -310,6 +310,40 @@ def test_ray_makes_the_same_bytes(
         build(Listed([("NO", "")]), ray, tmp_path / "no")
 
 
+@dataclass
+class Located(Listed):
+    """Notes the Ray node that reads item 0."""
+
+    marks: Path = Path()
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 0:
+            import ray
+
+            (self.marks / ray.get_runtime_context().get_node_id()).touch()
+        return super().__getitem__(index)
+
+
+@pytest.mark.long
+def test_an_existing_ray_cluster_is_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same build, sent to the cluster that RAY_ADDRESS names."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    items = [(f"k{i}", "") for i in range(25)]
+    (tmp_path / "marks").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        build(Located(items, tmp_path / "marks"), replace(SETTINGS, executor="ray"), tmp_path / "out")
+        assert [mark.name for mark in (tmp_path / "marks").iterdir()] == [cluster.head_node.node_id]
+    finally:
+        cluster.shutdown()
+    build(Listed(items), SETTINGS, tmp_path / "whole")
+    assert shards_of(tmp_path / "out") == shards_of(tmp_path / "whole")
+
+
 def test_ray_is_asked_for_when_missing(source: FolderSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'ldm\[ray\]'"):

@@ -8,9 +8,11 @@ import torch
 
 from data_pipeline import storage
 from data_pipeline.build import BuildConfig, build
+from data_pipeline.copying import merge, split
 from data_pipeline.duplicates import DropList
 from data_pipeline.loader import DataConfig, Loader, open_data
 from data_pipeline.remove import find, take_out
+from data_pipeline.shards import read_index
 from data_pipeline.sources.folder import FolderConfig, FolderSource
 from data_pipeline.verify import verify
 
@@ -43,3 +45,21 @@ def test_shards_on_s3_are_those_on_the_disk(bucket: str, pictures: Path, tmp_pat
     key = open_data(DataConfig(path=str(near)))[0][0].key
     removals, missing = find(far, DropList(keys=frozenset([key])))
     assert not missing and take_out(far, removals).rejected and verify(far) == []
+
+
+@pytest.mark.slow
+def test_folders_on_s3_are_joined_and_divided(bucket: str, pictures: Path, tmp_path: Path) -> None:
+    """Both there and here; the pieces hold what the whole held."""
+    source = FolderSource(FolderConfig(path=str(pictures)))
+    build(source, CONFIG, tmp_path / "one")
+    build(source, CONFIG, f"{bucket}/two")
+    merge([str(tmp_path / "one"), f"{bucket}/two"], f"{bucket}/both", rename=True)
+    split(f"{bucket}/both", (f"{bucket}/train", f"{bucket}/held-out"), count=7)
+    merge([str(tmp_path / "one"), str(tmp_path / "one")], tmp_path / "both", rename=True)
+    split(tmp_path / "both", (tmp_path / "train", tmp_path / "held-out"), count=7)
+    for name in ("both", "train", "held-out"):
+        assert verify(f"{bucket}/{name}") == []
+        near = read_index(tmp_path / name)
+        far = read_index(f"{bucket}/{name}")
+        assert [s.sha256 for s in far.shards] == [s.sha256 for s in near.shards] and far.samples == near.samples
+    assert far.samples == 7
