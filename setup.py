@@ -27,6 +27,7 @@ setup(
         "data": ["fonttools>=4.50", "pyarrow>=15", "aiohttp>=3.14", "faiss-cpu>=1.8"],
         "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],
         "ray": ["ray>=2.40"],
+        "track": ["tensorboard>=2.18", "wandb>=0.19"],
         "eval": ["torchmetrics>=1.9"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
         "dev": [
@@ -42,6 +43,7 @@ setup(
             "flask",
             "flask-cors",
             "cryptography",
+            "tensorboard",
         ],
     },
     entry_points={"console_scripts": ["ldm = ldm.cli.main:main"]},

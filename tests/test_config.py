@@ -10,6 +10,8 @@ import torch
 
 from ldm.config import load_config, to_yaml
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.clip import CLIP, ImageEncoder
+from ldm.models.text import TextEncoder
 from ldm.models.vq import AutoencoderVQ, VQConfig
 from ldm.training.denoising import ARCHITECTURES
 from ldm.training.run import TASKS, RunConfig
@@ -68,7 +70,19 @@ def test_a_written_config_reads_back_equal(kind: str, tmp_path: Path) -> None:
     assert load_config(RunConfig, [tmp_path / "c.yaml"], []) == config
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted(Path("configs/overlays").iterdir()), ids=str)
+@pytest.mark.parametrize("model", ["v1", "v2-base", "v2-v", "xl"])
+def test_overlays_fit_the_full_size_models(path: Path, model: str) -> None:
+    model_path = Path("configs/stable-diffusion") / f"{model}.yaml"
+    plain, with_it = (load_config(RunConfig, files, []) for files in ([model_path], [model_path, path]))
+    assert with_it != plain and with_it.task == plain.task
+    assert with_it.batch_size == plain.batch_size and with_it.optimizer == plain.optimizer
+    assert "Time:" in path.read_text() and "Expect:" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(Path("configs").rglob("*.yaml")) - set(Path("configs/overlays").iterdir())), ids=str
+)
 def test_shipped_configs_are_valid_and_say_what_to_expect(path: Path) -> None:
     config = load_config(RunConfig, [path], [])
     head = path.read_text().split("\n\n")[0].splitlines()
@@ -89,7 +103,10 @@ def network(task: Any) -> torch.nn.Module:
         if task.codebook.entries:
             return AutoencoderVQ(VQConfig(**asdict(task.model) | {"codebook": task.codebook}))
         return AutoencoderKL(task.model)
-    return ARCHITECTURES[task.architecture](getattr(task, task.architecture))
+    if task.kind == "contrastive":
+        return CLIP(TextEncoder(task.text), ImageEncoder(task.image))
+    denoiser = ARCHITECTURES[task.architecture](getattr(task, task.architecture))
+    return torch.nn.ModuleList([denoiser, *([TextEncoder(task.text_model)] if task.train_text else [])])
 
 
 def names(schema: object, prefix: str = "") -> list[str]:

@@ -119,13 +119,14 @@ def test_cfg_plus_plus_by_name_or_by_steering(pipeline):
 def test_a_weaker_network_takes_the_place_of_the_negative(pipeline):
     weak = random(UNet(UNET))
     try:
-        pipeline.companions = replace(pipeline.companions, weak=weak)
+        pipeline.companions = replace(pipeline.companions, weak=weak, weak_name="weaker")
         guided = pipeline(REQUEST)
-        assert torch.equal(guided, pipeline(replace(REQUEST, negative="fog")))
+        assert pipeline.settings(REQUEST, 0)["Weak model"] == "weaker"
         pipeline.companions = replace(pipeline.companions, weak=pipeline.denoiser)
-        assert torch.allclose(pipeline(REQUEST), pipeline(replace(REQUEST, guidance=1.0)), atol=1e-4)
+        own = pipeline(REQUEST)
     finally:
         pipeline.companions = replace(pipeline.companions, weak=None)
+    assert torch.allclose(own, pipeline(replace(REQUEST, guidance=1.0)), atol=1e-4)
     assert not torch.equal(guided, pipeline(REQUEST))
 
 
@@ -184,6 +185,14 @@ def test_from_the_noise_of_a_picture_the_same_prompt_draws_it_again(pipeline):
         (lambda: Given(PICTURE, measure="downscale:x"), "downscale:FACTOR"),
         (lambda: Given(PICTURE, mask=MASK, resample=0), "resample and jump must be at least 1, got 0 and 10"),
         (lambda: replace(REQUEST, given=Given(PICTURE.expand(3, -1, -1, -1), shows="a")), "one an image: 2, not 3"),
+        (lambda: Given(PICTURE, mask=MASK[0]), r"a mask must be \[1 or N, 1, H, W\]"),
+        (lambda: Given(PICTURE, mask=MASK * 255 + 1), r"a mask must be in 0\.\.1, got 1"),
+        (lambda: Given(PICTURE, shows="a", resample=2), "resample=2 goes with a mask"),
+        (lambda: Given(PICTURE, measure="blur:2", noise_std=-1), "noise_std 0 or more"),
+        (lambda: replace(REQUEST, given=Given(PICTURE, mask=MASK.expand(3, -1, -1, -1))), "give 1 mask, or one an"),
+        (lambda: Steering(clip_scale=float("nan")), "clip_scale must be a finite number, got nan"),
+        (lambda: Steering(norm=-1), "norm must be 0"),
+        (lambda: replace(REQUEST, sampler="dpm_adaptive", steering=Steering(momentum=-0.5)), "momentum remembers"),
         (lambda: Steering(threshold=2.0), r"threshold must be in 0\.\.1"),
         (lambda: Steering(limit=0.0), "limit must be above 0"),
         (lambda: Steering(perturb_how="skipp"), "did you mean 'skip'"),
@@ -215,6 +224,32 @@ def test_companions_that_are_not_there_are_named(pipeline):
     for steering, message in ((Steering(label="dog"), "needs a classifier"), (Steering(clip_scale=1), "needs a CLIP")):
         with pytest.raises(ValueError, match=message):
             Companions().check(replace(REQUEST, steering=steering))
+
+
+def test_a_weak_model_without_effect_is_refused(pipeline):
+    weak = Companions(weak=pipeline.denoiser)
+    weak.check(replace(REQUEST, guidance=2.0))
+    for change in ({"guidance": 1.0}, {"negative": "ugly", "guidance": 2.0}):
+        with pytest.raises(ValueError, match="a weak model"):
+            weak.check(replace(REQUEST, **change))
+
+
+def test_companions_of_another_diffusion_are_refused(models):
+    path = models["denoising"]
+    own = Pipeline.load(path).diffusion
+    assert Companions.load(weak=path, diffusion=own).weak_name == path.name
+    other = Diffusion.from_config(replace(own.config, beta_end=0.02))
+    with pytest.raises(ValueError, match=r"the denoiser of .* was trained with beta_end=0\.012, the model with 0\.02"):
+        Companions.load(weak=path, diffusion=other)
+
+
+def test_clip_and_measurement_act_together(pipeline):
+    """Their scores add: with the one's scale at 0 the picture is that of the other alone."""
+    request = replace(REQUEST, steps=2, width=24, given=Given(PICTURE, measure="blur:1"))
+    alone = pipeline(request)
+    assert not torch.equal(pipeline(replace(request, steering=Steering(clip_scale=50.0))), alone)
+    none = replace(request, given=replace(request.given, measure_scale=0.0), steering=Steering(clip_scale=50.0))
+    torch.testing.assert_close(pipeline(none), pipeline(replace(none, given=None)))
 
 
 @pytest.fixture

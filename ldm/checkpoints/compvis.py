@@ -26,14 +26,15 @@ BARE = {  # a component alone in a file: the tensor that gives it away
     "model.diffusion_model.": "input_blocks.0.0.weight",
     "first_stage_model.": "encoder.down.0.block.0.conv1.weight",
     "dit.": "y_embedder.embedding_table.weight",
+    "cond_stage_model.model.": "token_embedding.weight",
 }
 DIT = "dit."
 EXTRA = re.compile(
     r"(cond_stage_model|conditioner)\..*(position_ids|logit_scale|attn_mask)|[^.]+|(denoiser|low_scale_model)\.[^.]+"
 )
 """Tensors that no component of ours holds and that mean nothing to it; a file written again gets them back."""
-DROPPED = re.compile(r"loss\..*|model_ema\..*|.*\.loss\..*")
-"""What only training needed."""
+DROPPED = re.compile(r"loss\..*|model_ema\..*|.*\.loss\..*|visual\..*")
+"""What only training needed; of open_clip's CLIPs the image tower, whose pictures are not in our [-1, 1]."""
 
 
 @dataclass(frozen=True)

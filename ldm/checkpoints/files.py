@@ -68,6 +68,9 @@ def verify(folder: Path) -> None:
     manifest = read_json(manifest_path)
     if not isinstance(manifest, dict):
         raise ValueError(f"{manifest_path} is damaged: it does not hold a table of files")
+    present = {str(p.relative_to(folder)) for kind in ("*.safetensors", "*.json") for p in folder.rglob(kind)}
+    if unlisted := present - manifest.keys() - {MANIFEST}:
+        raise ValueError(f"{manifest_path} is altered: it does not list {', '.join(sorted(unlisted))}")
     for name, entry in manifest.items():
         if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys() or ".." in Path(name).parts:
             raise ValueError(f"{manifest_path} is damaged: its entry for {name!r} is not one")
@@ -127,7 +130,10 @@ def save_tensors(
     owners = {v.data_ptr(): k for k, v in plain.items()}
     # Tied weights are two names for one tensor, which the format does not know.
     plain = {k: v if owners[v.data_ptr()] == k else v.clone() for k, v in plain.items()}
-    save_file(plain, path, metadata={"ldm": json.dumps(metadata or {}, sort_keys=True)} | (strings or {}))
+    try:
+        save_file(plain, path, metadata={"ldm": json.dumps(metadata or {}, sort_keys=True)} | (strings or {}))
+    except SafetensorError as error:  # so it calls a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -134,6 +134,29 @@ def autoencoder(
             save_model(stage, {"autoencoder": network.cpu()}, found.settings, found.name)
 
 
+@app.command()
+def retrieval(
+    model: Annotated[str, typer.Argument(help="A run of the contrastive task, or its model folder.")],
+    data: Annotated[Path, typer.Argument(help="A shard folder that it was not trained on.")],
+    count: Annotated[int, typer.Option(help="Pictures, the first of the folder; 0 = all. Recall falls with it.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How often a picture's caption, among all of the folder, is within the 1, 5 and 10 nearest, and the other way.
+
+    Equal captions are one: any picture that has it is right.
+    """
+    from json import dumps
+
+    import torch
+
+    from ldm.evaluation.retrieval import captioned, evaluate_retrieval
+    from ldm.pipeline import Companions
+
+    clip = Companions.load(clip=model, device="cuda" if torch.cuda.is_available() else "cpu").clip
+    scores = evaluate_retrieval(clip, captioned(str(data), clip.image.config.size, count))
+    typer.echo(dumps(scores) if json else "\n".join(f"{name:<26}{value:.4g}" for name, value in scores.items()))
+
+
 def feature_extractor(source: str, device: str) -> "tuple[Callable[[Tensor], Tensor], str]":
     """What gives rFID its features, and its name: a CLIP image tower, VGG16, or random kernels. Raises ValueError."""
     import torch.nn.functional as F

@@ -138,7 +138,7 @@ def generate(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = Pipeline.load(model, device, prediction=prediction or None, ema=ema)
-    pipeline.companions = Companions.load(weak, classifier, clip, device=device)
+    pipeline.companions = Companions.load(weak, classifier, clip, device=device, diffusion=pipeline.diffusion)
     stream = pipeline.stream(request)  # checks the rest
     out.mkdir(parents=True, exist_ok=True)
     numbers, index, shown = _numbers(out, ""), 0, []
@@ -184,8 +184,8 @@ def _given(
     from ldm.pipeline import Given
 
     if image is None:
-        if mask or measure or shows is not None:
-            raise ValueError("--mask, --measure and --shows go with an --image")
+        if mask or measure or shows is not None or resample != 1:
+            raise ValueError("--mask, --measure, --shows and --resample go with an --image")
         return None
     wanted = None if measure or width is None or height is None else (width, height)
     drawn = None if mask is None else open_mask(mask, wanted)

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from ldm.cli import data, evaluate
+from ldm.cli import data, evaluate, runs
 from ldm.cli.average import average
 from ldm.cli.convert import convert, inspect
 from ldm.cli.generate import generate
@@ -24,6 +24,7 @@ def application() -> typer.Typer:
     )
     app.add_typer(data.app, name="data", help="Turn captioned pictures into shards, and look into them.")
     app.command()(train)
+    app.add_typer(runs.app, name="runs", help="Training runs: how they stand, side by side, as a page.")
     app.command()(average)
     app.command()(generate)
     app.command()(convert)

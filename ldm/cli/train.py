@@ -1,5 +1,6 @@
 """`ldm train`."""
 
+import signal
 from typing import Annotated
 
 import typer
@@ -11,8 +12,11 @@ def train(
         typer.Argument(metavar="CONFIG... [key=value...]", help="YAML files, later ones win; then settings."),
     ],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the config, sizes and cost of the run, and stop.")
+        bool, typer.Option("--dry-run", help="Print the config, and the run's memory, time and disk, and stop.")
     ] = False,
+    tflops: Annotated[
+        float, typer.Option(min=0.0, help="With --dry-run: TFLOP/s to reckon with; else a guess for this device.")
+    ] = 0.0,
 ) -> None:
     """Train an autoencoder, a text encoder, a denoiser or a classifier; run it again to resume.
 
@@ -21,9 +25,14 @@ def train(
     On several GPUs or machines: accelerate launch -m ldm train CONFIG... key=value ...
 
     Start from an existing model, to fine-tune it: init=MODEL
+
+    SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 saves after the step under way; a second one ends it at once. Exit status: 0
+    finished; 75 stopped and saved, run it again to go on; 1 an error, in one line; 70 no progress, and who held it up.
     """
     from ldm.config import load_config
+    from ldm.training.ranks import part
     from ldm.training.run import RunConfig, describe, run
+    from ldm.training.stopping import SIGNALS, STOPPED
 
     files = [w for w in words if "=" not in w]
     overrides = [w for w in words if "=" in w]
@@ -31,8 +40,14 @@ def train(
         raise ValueError("give at least one config file, such as configs/demo/autoencoder.yaml")
     config = load_config(RunConfig, files, overrides)
     if dry_run:
-        typer.echo(describe(config))
+        typer.echo(describe(config, tflops))
     else:
         state = run(config)
+        if state.stopped:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # a launcher ends all others as soon as one has gone
+        part()
         if state.accelerator.is_main_process:
             typer.echo(f"{config.out}: at step {state.step}; the model is its newest checkpoint")
+        if state.stopped:
+            raise typer.Exit(STOPPED)

@@ -90,7 +90,7 @@ class DiscreteSchedule:
         """u [B] in [0, 1) -> the levels [B] of t = floor(u * T)."""
         steps = len(self.alpha_bar)
         index = (u.double() * steps).long().clamp(max=steps - 1)
-        return _preserving(index.double(), self.alpha_bar.to(u.device)[index])
+        return _preserving(index.double(), self.alpha_bar.to(u.device, non_blocking=True)[index])
 
     def trajectory(self, steps: int, spacing: str) -> NoiseLevel:
         """Levels [steps + 1], noisy to clean, for every number of steps in 1..T. Raises ValueError outside.

@@ -1,13 +1,18 @@
 """CLIP's image tower and temperature, for contrastive training beside a TextEncoder."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.models.text import TextEncoder, import_open_clip
+
+MAX_SCALE = 100
+"""Of the temperature (Radford et al. 2021, sec. 2.5)."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,12 @@ class ImageEncoder(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers and the learned temperature (Radford et al. 2021, fig. 3)."""
+    """Both towers and the learned temperature (Radford et al. 2021, fig. 3).
 
-    def __init__(self, text: TextEncoder, image: ImageEncoder) -> None:
+    sigmoid: with the bias, and the temperature to start from, of the loss by pairs (Zhai et al. 2023, sec. 3.2).
+    """
+
+    def __init__(self, text: TextEncoder, image: ImageEncoder, *, sigmoid: bool = False) -> None:
         super().__init__()
         if text.config.embed_dim != image.config.embed_dim:
             raise ValueError(
@@ -57,12 +65,30 @@ class CLIP(nn.Module):
                 f"{image.config.embed_dim} must be equal"
             )
         self.text, self.image = text, image
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if sigmoid else 1 / 0.07)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if sigmoid else None
 
-    def forward(self, image: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor, ids: Tensor, micro_batch: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """image [B, 3, S, S] in [-1, 1], ids [B, L] -> (image features, text features, temperature).
 
-        Features are unit vectors [B, embed_dim]; the temperature multiplies their products, at most 100.
+        Features are unit vectors [B, embed_dim]; the temperature multiplies their products, at most 100. The towers
+        read `micro_batch` samples at a time, 0 = all, and then remember the activations of no more than those.
         """
-        scale = self.logit_scale.clamp(max=math.log(100)).exp()
-        return self.image(image), self.text.features(ids), scale
+        scale = self.logit_scale.clamp(max=math.log(MAX_SCALE)).exp()
+        return _in_parts(self.image, image, micro_batch), _in_parts(self.text.features, ids, micro_batch), scale
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Take the temperature back to 100 if a step led beyond, where it has no gradient to come back by."""
+        self.logit_scale.clamp_(max=math.log(MAX_SCALE))
+
+
+def _in_parts(tower: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+    """The features of x [B, ...], so many rows at a time, each part's activations made again for its gradient.
+
+    That is the gradient cache of Gao et al. 2021: features alone outlive the first pass, and the second replays the
+    random numbers of the first.
+    """
+    if not 0 < rows < len(x):
+        return tower(x)
+    return torch.cat([checkpoint(tower, part, use_reentrant=False) for part in x.split(rows)])

@@ -1,5 +1,6 @@
 """Prompts -> Conditioning, over open_clip's text tower and its own BPE vocabulary."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -9,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.nn.transfer import to_device
 from ldm.types import Conditioning
 
 VOCABULARY = 49_408
 """Entries of CLIP's BPE vocabulary, its start (49,406) and end (49,407) tokens included."""
+VOCABULARY_SHA256 = "f9ed75c7303813705c2bd2d90308476118d3b77bfe42f07a33a57b44c175e2bc"
+"""Of its entries in the order of their ids and its merges in the order of their ranks, a line each."""
 
 
 def import_open_clip() -> ModuleType:
@@ -75,8 +79,12 @@ class Tokenizer:
 
         self.bpe = SimpleTokenizer(context_length=context_length)
         self.context_length, self.pad_id = context_length, pad_id
-        if self.bpe.vocab_size != VOCABULARY:
-            raise ValueError(f"the tokenizer has {self.bpe.vocab_size} entries instead of {VOCABULARY}")
+        lines = [*self.bpe.encoder, *map(" ".join, self.bpe.bpe_ranks)]
+        if hashlib.sha256("\n".join(lines).encode()).hexdigest() != VOCABULARY_SHA256:
+            raise ValueError(
+                f"the tokenizer of the installed open_clip is not CLIP's: it has {self.bpe.vocab_size} entries, of "
+                f"{VOCABULARY}, or others in another order; the text encoders here were trained with CLIP's"
+            )
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> int64 ids [B, L]; a prompt that is too long loses its tail."""
@@ -149,7 +157,7 @@ class TextEncoder(nn.Module):
         pooled is the prompt's place in the joint image-text space, not scaled to unit length; without a
         projection into that space, the end token's state.
         """
-        ids = self.tokenize(prompts).to(self.tower.positional_embedding.device)
+        ids = to_device(self.tokenize(prompts), self.tower.positional_embedding.device)
         hidden = self.tower.forward_intermediates(
             ids, indices=[-1 - self.config.skip], normalize_intermediates=self.config.final_norm, output_fmt="NLC"
         )

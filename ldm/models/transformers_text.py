@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.text import import_open_clip
+from ldm.nn.transfer import to_device
 from ldm.types import Conditioning
 
 MODELS = ("t5", "umt5", "bert", "roberta", "xlm-roberta")
@@ -90,7 +91,7 @@ class TransformersText(nn.Module):
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         """B prompts -> Conditioning(context [B, L, width], mask [B, L])."""
-        ids, mask = (v.to(self.encoder.device) for v in self.tokenize(prompts))
+        ids, mask = (to_device(v, self.encoder.device) for v in self.tokenize(prompts))
         return Conditioning(context=self.encoder(input_ids=ids, attention_mask=mask)[0], mask=mask)
 
 

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from ldm.checkpoints.load import load_model
 from ldm.diffusion.guidance import adaptive_projected, guided, plus_plus, thresholded
 from ldm.diffusion.noise import NoiseLevel
-from ldm.diffusion.process import Diffusion
+from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.diffusion.restoration import measured, repainted, resampled
 from ldm.diffusion.samplers import Sampler
-from ldm.diffusion.steering import classifier_guided, estimate_guided
+from ldm.diffusion.steering import Score, classifier_guided, estimate_guided
 from ldm.models.classifier import log_prob
 from ldm.models.clip import CLIP
 from ldm.models.clip_score import clip_score
@@ -31,26 +31,44 @@ class Companions:
     weak: Any = None
     classifier: Any = None
     clip: Any = None
+    weak_name: str = ""  # what the pictures' settings call it
 
     @classmethod
     def load(
-        cls, weak: str | Path = "", classifier: str | Path = "", clip: str | Path = "", *, device: str = "cpu"
+        cls,
+        weak: str | Path = "",
+        classifier: str | Path = "",
+        clip: str | Path = "",
+        *,
+        device: str = "cpu",
+        diffusion: Diffusion | None = None,
     ) -> "Companions":
-        """From model or run folders; "" leaves one out. Raises ValueError for a folder without what is needed."""
+        """From model or run folders; "" leaves one out.
+
+        diffusion: of the pipeline. Raises ValueError for a folder without what is needed, and for a weak model or a
+        classifier that was trained with other noise.
+        """
 
         def parts(path: str | Path, *names: str, dtype: torch.dtype | None = torch.float32) -> list[Any]:
-            found = load_model(path, names, dtype=dtype).require(*names)
-            return [part.to(device).eval().requires_grad_(False) for part in found]
+            found = load_model(path, names, dtype=dtype)
+            if diffusion is not None and names[0] in ("denoiser", "classifier"):
+                _same_noise(path, found.settings.get("diffusion", {}), diffusion, names[0])
+            return [part.to(device).eval().requires_grad_(False) for part in found.require(*names)]
 
         return cls(
             parts(weak, "denoiser", dtype=torch.float32 if device == "cpu" else None)[0] if weak else None,
             parts(classifier, "classifier")[0] if classifier else None,
             CLIP(*parts(clip, "text", "image")).to(device).eval().requires_grad_(False) if clip else None,
+            weak_name=Path(weak).name if weak else "",
         )
 
     def check(self, request: Request) -> None:
-        """Raise ValueError for a request that needs one that is not there."""
+        """Raise ValueError for a request that needs one that is not there, or leaves one without effect."""
         steering = request.steering
+        if self.weak is not None and request.negative:
+            raise ValueError("a weak model stands in for the negative prompt; give one of the two")
+        if self.weak is not None and request.guidance == 1 and not request.plus_plus:
+            raise ValueError("a weak model does nothing at guidance 1; give more")
         for wanted, there, name in (
             (steering.label, self.classifier, "label needs a classifier"),
             (steering.clip_scale, self.clip, "clip_scale needs a CLIP"),
@@ -86,7 +104,7 @@ class Batch:
 def steered(network: Denoiser, module: Any, companions: Companions, batch: Batch) -> Denoiser:
     """The network with all the guidance of the request around it; `module` is what its layers are looked up in.
 
-    In this order, from within: negative and perturbed, classifier, CLIP, measurement, thresholding.
+    In this order, from within: negative and perturbed, classifier, CLIP and measurement, thresholding.
     """
     request, steering, diffusion = batch.request, batch.request.steering, batch.diffusion
     scale = plus_plus(batch.levels, request.guidance) if request.plus_plus else request.guidance
@@ -105,11 +123,18 @@ def steered(network: Denoiser, module: Any, companions: Companions, batch: Batch
     if steering.label:
         wish = log_prob(companions.classifier, [steering.label] * len(batch.prompts))
         denoiser = classifier_guided(denoiser, diffusion, wish, steering.label_scale)
+    wishes: list[tuple[float, Score]] = []  # in one backward pass of the network, however many
     if steering.clip_scale:
-        score = clip_score(companions.clip, batch.prompts, batch.decode)
-        denoiser = estimate_guided(denoiser, diffusion, lambda x0, t: score(x0), steering.clip_scale)
+        likeness = clip_score(companions.clip, batch.prompts, batch.decode)
+        wishes.append((steering.clip_scale, lambda x0, t: likeness(x0)))
     if request.given is not None and request.given.measure:
-        denoiser = estimate_guided(denoiser, diffusion, _measurement(request.given, batch), request.given.measure_scale)
+        wishes.append((request.given.measure_scale, _measurement(request.given, batch)))
+    if wishes:
+
+        def wish_of(x0: Tensor, t: Tensor) -> Tensor:
+            return torch.stack([weight * score(x0, t) for weight, score in wishes]).sum(0)
+
+        denoiser = estimate_guided(denoiser, diffusion, wish_of, 1.0)
     if steering.threshold:
         denoiser = thresholded(denoiser, diffusion, steering.threshold, steering.limit)
     return denoiser
@@ -132,7 +157,7 @@ def put_back(given: Given, rows: slice, drawn: Tensor) -> Tensor:
     return torch.lerp(image.to(drawn), drawn, mask.to(drawn))
 
 
-def _measurement(given: Given, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
+def _measurement(given: Given, batch: Batch) -> Score:
     operator = given.operator()
     return measured(lambda x0: operator(batch.decode(x0)), batch.of(given.image), given.noise_std, batch.diffusion)
 
@@ -142,6 +167,19 @@ def _in_type(denoiser: Denoiser, module: Any) -> Denoiser:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
     def typed(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return denoiser(x.to(dtype), t, cond).to(x.dtype)
+        own = cond.map(lambda value: value.to(dtype) if value.is_floating_point() else value)
+        return denoiser(x.to(dtype), t, own).to(x.dtype)
 
     return typed
+
+
+_NOISE = ("schedule", "train_steps", "beta_start", "beta_end", "zero_snr", "shift", "dynamic_shift")
+
+
+def _same_noise(path: str | Path, settings: dict[str, Any], diffusion: Diffusion, name: str) -> None:
+    """Raise ValueError unless t means the same noise to both, and outputs of denoisers the same thing."""
+    own = DiffusionConfig(**{k: v for k, v in settings.items() if k in DiffusionConfig.__dataclass_fields__})
+    for key in (*_NOISE, *(["prediction"] if name == "denoiser" else [])):
+        theirs, ours = getattr(own, key), getattr(diffusion.config, key)
+        if theirs != ours:
+            raise ValueError(f"the {name} of {path} was trained with {key}={theirs}, the model with {ours}")

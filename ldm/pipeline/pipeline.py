@@ -154,12 +154,18 @@ class Pipeline:
             "Spacing": request.spacing or canonical(request.sampler)[1] or self.diffusion.spacing,
         }
         settings |= {"Eta": request.eta}
+        if request.variance is not None:
+            settings |= {"Variance": request.variance}
+        if self.companions.weak is not None:
+            settings |= {"Weak model": self.companions.weak_name}
         for field in fields(Steering):
             value = getattr(request.steering, field.name)
             if value != field.default:
                 settings |= {f"Steering {field.name.replace('_', ' ')}": value}
         if request.given is not None:
             settings |= {"Given": request.given.way}
+            if request.given.measure:
+                settings |= {"Noise": request.given.noise_std, "Measure scale": request.given.measure_scale}
         return settings | {"RNG": "CPU", "Version": f"ldm {__version__}"}
 
     @torch.no_grad()  # of a generator, torch enters the mode for each step and leaves it at each yield
@@ -170,7 +176,7 @@ class Pipeline:
         encoded = self._encode(distinct, request.batch)
         row = {prompt: i for i, prompt in enumerate(distinct)}
         uncond = Conditioning()
-        if request.guidance != 1 or request.plus_plus:
+        if self.companions.weak is None and (request.guidance != 1 or request.plus_plus):
             uncond = self._told_sizes(self._uncond(request.negative), shape)
         for number, start in enumerate(range(0, len(request.prompts), request.batch)):
             rows = slice(start, start + request.batch)
@@ -193,6 +199,8 @@ class Pipeline:
     def _check(self, request: Request) -> None:
         """Raise ValueError for what this model cannot do with the request."""
         self.companions.check(request)
+        if canonical(request.sampler)[0] == "tcd" and self.diffusion.config.schedule == "edm":
+            raise ValueError("tcd counts timesteps from 0, which schedule edm has not; use another sampler")
         if request.steering.perturb:
             select(self.denoiser, request.steering.perturb, request.steering.perturb_how)
         if request.variance == "learned" and self.diffusion.config.variance == "fixed":

@@ -1,13 +1,14 @@
 """What can be asked for."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
 from ldm.diffusion.guidance import check_guidance
 from ldm.diffusion.restoration import Operator, blur, downscale
-from ldm.diffusion.samplers import sampler
+from ldm.diffusion.samplers import canonical, sampler
 from ldm.diffusion.samplers.names import says_plus_plus
 from ldm.names import known
 
@@ -45,6 +46,12 @@ class Steering:
 
     def __post_init__(self) -> None:
         known("perturb_how", self.perturb_how, ("identity", "skip"))
+        numbers = (f.name for f in fields(self) if isinstance(f.default, float))
+        for name in numbers:
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
+        if self.norm < 0:
+            raise ValueError(f"norm must be 0 (any) or more, got {self.norm}")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must be in 0..1, got {self.threshold}")
         if self.limit <= 0:
@@ -81,9 +88,14 @@ class Given:
             raise ValueError(f"a given picture needs one of mask, measure and what it shows; got {ways} of them")
         if self.image.ndim != 4 or self.image.shape[1] != 3:
             raise ValueError(f"a given picture must be [1 or N, 3, H, W], got {[*self.image.shape]}")
-        if self.mask is not None and self.mask.shape[2:] != self.image.shape[2:]:
-            sizes = (f"{w}x{h}" for h, w in (self.mask.shape[2:], self.image.shape[2:]))
-            raise ValueError("the mask is {} px and the picture {}; they must be of one size".format(*sizes))
+        if self.mask is not None:
+            _check_mask(self.mask, self.image)
+        elif self.resample != 1:
+            raise ValueError(f"resample={self.resample} goes with a mask")
+        if not (math.isfinite(self.measure_scale) and 0 <= self.noise_std < math.inf):
+            raise ValueError(
+                f"measure_scale must be finite and noise_std 0 or more, got {self.measure_scale} and {self.noise_std}"
+            )
         if self.resample < 1 or self.jump < 1:
             raise ValueError(f"resample and jump must be at least 1, got {self.resample} and {self.jump}")
         if self.measure:
@@ -106,6 +118,16 @@ class Given:
             raise ValueError(
                 f"measure must be downscale:FACTOR or blur:RADIUS, got {self.measure!r} ({error})"
             ) from error
+
+
+def _check_mask(mask: Tensor, image: Tensor) -> None:
+    if mask.ndim != 4 or mask.shape[1] != 1:
+        raise ValueError(f"a mask must be [1 or N, 1, H, W], got {[*mask.shape]}")
+    if mask.shape[2:] != image.shape[2:]:
+        sizes = (f"{w}x{h}" for h, w in (mask.shape[2:], image.shape[2:]))
+        raise ValueError("the mask is {} px and the picture {}; they must be of one size".format(*sizes))
+    if not (mask.min() >= 0 and mask.max() <= 1):
+        raise ValueError(f"a mask must be in 0..1, got {mask.min():.4g}..{mask.max():.4g}")
 
 
 @dataclass(frozen=True)
@@ -145,8 +167,14 @@ class Request:
         check_guidance(self.guidance, self.steering.rescale, self.steering.interval)
         if self.plus_plus and not 0 <= self.guidance <= 1:
             raise ValueError(f"the guidance of CFG++ must be in 0..1, got {self.guidance}")
-        if self.given is not None and len(self.given.image) not in (1, len(self.prompts)):
-            raise ValueError(f"give 1 picture, or one an image: {len(self.prompts)}, not {len(self.given.image)}")
+        if self.steering.momentum and canonical(self.sampler)[0] == "dpm_adaptive":
+            raise ValueError(
+                "momentum remembers each step, also those that dpm_adaptive takes back; use another sampler"
+            )
+        if self.given is not None:
+            for name, value in (("picture", self.given.image), ("mask", self.given.mask)):
+                if value is not None and len(value) not in (1, len(self.prompts)):
+                    raise ValueError(f"give 1 {name}, or one an image: {len(self.prompts)}, not {len(value)}")
 
     @property
     def plus_plus(self) -> bool:

@@ -212,4 +212,4 @@ class AutoencoderTask(Task):
             return None  # nothing is sampled
         side = self.size // self.factor
         shape = (self.config.model.latent_channels, side, side)
-        return SampleRandomness(self.seed, batch.positions).normal("posterior", shape)
+        return SampleRandomness(self.seed, batch.positions, batch.image.device).normal("posterior", shape)

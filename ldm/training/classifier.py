@@ -64,7 +64,7 @@ class ClassifierTask(Task):
 
         Metrics: the share of samples with a class, and that of samples told rightly.
         """
-        random = SampleRandomness(self.seed, batch.positions)
+        random = SampleRandomness(self.seed, batch.positions, batch.image.device)
         logits, labels = self._answers(batch, random, self.diffusion.levels(random.uniform("timestep")))
         loss = _cross_entropy(logits, labels).mean()
         metrics = {"labelled": (labels >= 0).float().mean(), "right": (logits.argmax(1) == labels).float().mean()}
@@ -75,8 +75,8 @@ class ClassifierTask(Task):
 
         Those run from clean to noise evenly in the schedule's time. A quarter without a sample is left away.
         """
-        u = (torch.arange(len(batch), device=batch.positions.device) + 0.5) / len(batch)
-        random = SampleRandomness(self.seed, batch.positions)
+        u = (torch.arange(len(batch), device=batch.image.device) + 0.5) / len(batch)
+        random = SampleRandomness(self.seed, batch.positions, batch.image.device)
         logits, labels = self._answers(batch, random, self.diffusion.schedule.sample(u))
         loss, right, labelled = _cross_entropy(logits, labels), (logits.argmax(1) == labels).float(), labels >= 0
         groups = {"": labelled}

@@ -14,11 +14,15 @@ from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.mmdit import MMDiT, MMDiTConfig
+from ldm.models.text import TextConfig, TextEncoder
+from ldm.models.text_record import check_record, text_record
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vq import AutoencoderVQ
 from ldm.names import known
+from ldm.nn.transfer import to_device
 from ldm.pipeline import Pipeline, Request
 from ldm.training.importance import LossSecondMoment
+from ldm.training.joint_text import JointDenoiser, Unread
 from ldm.training.latents import latents_of
 from ldm.training.randomness import SampleRandomness
 from ldm.training.statistics import misfit
@@ -26,6 +30,9 @@ from ldm.training.tasks import Metrics, Task, TaskConfig, bare, freeze
 from ldm.types import Conditioning
 
 log = logging.getLogger(__name__)
+
+NEW = "new"
+"""task.text for an encoder without weights of its own to start from."""
 
 ARCHITECTURES: dict[str, Callable[[Any], nn.Module]] = {"unet": UNet, "dit": DiT, "mmdit": MMDiT}
 
@@ -36,7 +43,9 @@ class DenoisingTaskConfig(TaskConfig):
 
     kind: str = "denoising"
     autoencoder: str = "???"  # model or run folder that has one
-    text: str = "???"  # model or run folder that has one
+    text: str = "???"  # model or run folder that has one; or new, with random weights: task.text_model
+    text_model: TextConfig = field(default_factory=TextConfig)
+    train_text: bool = False  # the text encoder learns with the denoiser
     architecture: str = "unet"  # which of the next three is trained: unet | dit | mmdit
     unet: UNetConfig = field(default_factory=UNetConfig)
     dit: DiTConfig = field(default_factory=DiTConfig)
@@ -52,10 +61,15 @@ class DenoisingTaskConfig(TaskConfig):
         known("task.architecture", self.architecture, ARCHITECTURES)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"task.dropout must be in [0, 1), not {self.dropout}")
+        if self.text == NEW and not self.train_text:
+            raise ValueError("task.text=new is a text encoder that has learned nothing: task.train_text=true as well")
 
 
 class DenoisingTask(Task):
-    """Trains a U-Net to undo noise on latents, told the text (Rombach et al. 2022, eq. 3)."""
+    """Trains a denoiser to undo noise on latents, told the text (Rombach et al. 2022, eq. 3).
+
+    The text encoder is frozen, or learns too: then the two are "joint.text" and "joint.denoiser" of what is trained.
+    """
 
     trained = ("denoiser",)
 
@@ -63,14 +77,15 @@ class DenoisingTask(Task):
         super().__init__()
         self.config, self.size, self.seed = config, size, seed
         (autoencoder,) = load_model(config.autoencoder, ["autoencoder"], dtype=torch.float32).require("autoencoder")
-        (text,) = load_model(config.text, ["text"], dtype=torch.float32).require("text")
         assert isinstance(autoencoder, AutoencoderKL | AutoencoderVQ)
-        self.autoencoder, self.text = autoencoder, text
-        freeze(autoencoder), freeze(text)
+        self.autoencoder, self.text = autoencoder, _text_encoder(config)
+        freeze(autoencoder), freeze(self.text)
         self.network: Any = getattr(config, config.architecture)
         self.diffusion = Diffusion.from_config(config.diffusion).for_size(*[size // autoencoder.factor] * 2)
         self._check_fit()
         self.denoiser = ARCHITECTURES[config.architecture](self.network)
+        if config.train_text:
+            self.joint, self.trained = JointDenoiser(self.text, self.denoiser), ("joint",)
         self._embeddings: dict[str, Conditioning] = {}
         self._latents_checked = False
         self.importance = LossSecondMoment()
@@ -100,14 +115,20 @@ class DenoisingTask(Task):
         if batch.weights is not None:
             loss = loss * batch.weights
         loss = loss.mean()
-        yield "denoiser", loss, {"loss": loss.detach()}
+        yield self.trained[0], loss, {"loss": loss.detach()}
 
     def validate(self, batch: Batch) -> Metrics:
-        """The loss on fixed noise, at levels spread evenly over the batch, nothing dropped."""
-        random = SampleRandomness(self.seed, batch.positions)
+        """The loss on fixed noise, at levels spread evenly over the batch, nothing dropped.
+
+        And that of each fifth of the samples, from the least noise to the most: `loss/0` to `loss/4`.
+        """
+        random = SampleRandomness(self.seed, batch.positions, batch.image.device)
         latent, cond = self._encode(batch, random, dropout=0.0)
         u = (torch.arange(len(batch), device=latent.device) + 0.5) / len(batch)
-        return {"loss": self._diffused(latent, cond, random, u).mean()}
+        loss = self._diffused(latent, cond, random, u)
+        fifths = loss[self.diffusion.for_size(*latent.shape[-2:]).levels(u).t.argsort(stable=True)].tensor_split(5)
+        split = {f"loss/{k}": fifth.mean() for k, fifth in enumerate(fifths)} if len(batch) >= 5 else {}
+        return {"loss": loss.mean(), **split}
 
     def preview(self, batch: Batch) -> Tensor | None:
         if not self.config.previews:
@@ -137,11 +158,12 @@ class DenoisingTask(Task):
             "diffusion": asdict(self.config.diffusion),
             "null_prompt": self.config.null_prompt,
             "caption_dropout": self.config.dropout,
+            "text": text_record(self.text),
         }
 
     def _loss(self, batch: Batch, step: int) -> Tensor:
         """[B]: the diffusion loss of every sample."""
-        random = SampleRandomness(self.seed, batch.positions)
+        random = SampleRandomness(self.seed, batch.positions, batch.image.device)
         latent, cond = self._encode(batch, random, self.config.dropout)
         u = random.uniform("timestep")
         if not self.remembered:
@@ -154,18 +176,17 @@ class DenoisingTask(Task):
     def _diffused(self, latent: Tensor, cond: Conditioning, random: SampleRandomness, u: Tensor) -> Tensor:
         noise = random.normal("noise", tuple(latent.shape[1:]))
         diffusion = self.diffusion.for_size(*latent.shape[-2:])
-        return diffusion.loss(self.denoiser, latent, cond, noise=noise, u=u, more=random.normal)
+        return diffusion.loss(getattr(self, self.trained[0]), latent, cond, noise=noise, u=u, more=random.normal)
 
     @torch.no_grad()
     def _encode(self, batch: Batch, random: SampleRandomness, dropout: float) -> tuple[Tensor, Conditioning]:
-        cond = self._told(batch, random.uniform("caption dropout") < dropout)
+        cond = self._told(batch, [u < dropout for u in random.fractions("caption dropout")])
         if batch.moments is None:
             height, width = (side // self.autoencoder.factor for side in batch.image.shape[-2:])
         else:
             height, width = batch.moments.shape[-2:]
         if getattr(self.network, "size_dim", 0):
-            pixels = (height * self.autoencoder.factor, width * self.autoencoder.factor)
-            cond = cond.sized(*pixels) if batch.sizes is None else replace(cond, sizes=batch.sizes)
+            cond = replace(cond, sizes=self._sizes(batch, height, width))
         noise = random.normal("posterior", (self.autoencoder.latent_channels, height, width))
         if batch.moments is None:
             latent = self.autoencoder.encode(batch.image, noise)
@@ -178,22 +199,34 @@ class DenoisingTask(Task):
                 log.warning("%s", warning)
         return latent, cond
 
-    def _told(self, batch: Batch, dropped: Tensor) -> Conditioning:
+    def _sizes(self, batch: Batch, height: int, width: int) -> Tensor:
+        """[B, 6], as in a batch; for latents of height x width of pictures that were never larger, nor cropped."""
+        if batch.sizes is not None:
+            return batch.sizes
+        sides = [side * self.autoencoder.factor for side in (height, width)]
+        return to_device(torch.tensor([*sides, 0, 0, *sides]).repeat(len(batch), 1), batch.image.device)
+
+    def _told(self, batch: Batch, dropped: list[bool]) -> Conditioning:
         """What the text encoder makes of the captions, or made of them before; `dropped` [B] get the null prompt."""
-        prompts = [
-            self.config.null_prompt if drop else caption
-            for drop, caption in zip(dropped.tolist(), batch.captions, strict=True)
-        ]
+        null = self.config.null_prompt
+        prompts = [null if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
+        if self.config.train_text:
+            if batch.text:
+                raise ValueError(
+                    "task.train_text: data.cache holds what the text encoder said before it learned; "
+                    "make one without --text"
+                )
+            return Unread(prompts=tuple(prompts))
         if not batch.text:
             told: Conditioning = self.text(prompts)
             return told
         rows: dict[str, Any] = dict(batch.text)
-        empty = torch.tensor([not caption for caption in batch.captions], device=dropped.device)
-        for prompt, where in ((self.config.null_prompt, dropped), ("", empty & ~dropped)):
-            if where.any():
-                known = self._embedding(prompt)
+        empty = [not caption and not drop for drop, caption in zip(dropped, batch.captions, strict=True)]
+        for prompt, where in ((null, dropped), ("", empty)):
+            if any(where):
+                known, chosen = self._embedding(prompt), to_device(torch.tensor(where), batch.image.device)
                 rows = {
-                    name: torch.where(where.view(-1, *[1] * (v.dim() - 1)), getattr(known, name).to(v), v)
+                    name: torch.where(chosen.view(-1, *[1] * (v.dim() - 1)), getattr(known, name).to(v), v)
                     for name, v in rows.items()
                 }
         return Conditioning(**rows)
@@ -203,3 +236,13 @@ class DenoisingTask(Task):
         if prompt not in self._embeddings:
             self._embeddings[prompt] = self.text([prompt])
         return self._embeddings[prompt]
+
+
+def _text_encoder(config: DenoisingTaskConfig) -> nn.Module:
+    """The one to start from. Raises ValueError if there is none, or its settings tell of another."""
+    if config.text == NEW:
+        return TextEncoder(config.text_model)
+    found = load_model(config.text, ["text"], dtype=torch.float32)
+    (text,) = found.require("text")
+    check_record(found.settings.get("text"), text, f"task.text={config.text}")
+    return text

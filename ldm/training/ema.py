@@ -35,11 +35,18 @@ class EMA:
         }
 
     @torch.no_grad()
-    def update(self, updates: int) -> None:
-        """Move towards the current weights; `updates` is the number of optimizer steps done before this one."""
+    def update(self, updates: int, skipped: Tensor | None = None) -> None:
+        """Move towards the current weights; `updates` is the number of optimizer steps done before this one.
+
+        skipped: a bool on the device; where it is true nothing moves.
+        """
         live = [p.detach().float() for p in self.parameters.values()]
         for prefix, profile in self.profiles.items():
-            torch._foreach_lerp_(list(self.under(prefix).values()), live, 1 - profile(updates))
+            averages, way = list(self.under(prefix).values()), 1 - profile(updates)
+            if skipped is None:
+                torch._foreach_lerp_(averages, live, way)
+            else:
+                torch._foreach_lerp_(averages, live, [torch.where(skipped, 0.0, way)] * len(live))
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """The average of one profile, by parameter name: "" or what `decay_prefix` or `sigma_prefix` says."""

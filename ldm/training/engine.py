@@ -1,22 +1,23 @@
 """The one training loop. The only importer of accelerate, with the state it saves."""
 
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.nn.utils import clip_grad_norm_
 
 from data_pipeline.batch import Batch
 from ldm.images import grid, save_png
 from ldm.training.ema import EMA
+from ldm.training.faults import Outcome, Saves, Skips, gradient_norms, step_unless
 from ldm.training.memory import SpeedConfig, check_device, sdpa_order, speed_up
-from ldm.training.metrics import Means, MetricsFile, Progress, floats
+from ldm.training.metrics import Console, Means, Meter, MetricsFile, floats, rates
+from ldm.training.microbatch import gradients
 from ldm.training.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -25,9 +26,14 @@ from ldm.training.optim import (
     set_learning_rate,
 )
 from ldm.training.posthoc import save_snapshot
-from ldm.training.randomness import seed_torch
+from ldm.training.ranks import Ranks
+from ldm.training.report import Reporter
+from ldm.training.runs import flat
 from ldm.training.state import TrainState
+from ldm.training.stopping import StopSignal
 from ldm.training.tasks import Metrics, Task
+from ldm.training.trackers import start_trackers, stop_trackers, track, track_picture
+from ldm.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +61,8 @@ class TrainConfig:
     preview_steps: int = 500
     save_steps: int = 500
     keep: int = 2  # checkpoints
+    max_skips: int = 10  # steps in a row with a loss or a gradient that is not finite, before the run gives up
+    timeout_seconds: float = 1800.0  # without progress in any process, before the run gives up
 
 
 @dataclass(frozen=True)
@@ -72,59 +80,94 @@ def train(
     config: TrainConfig,
     out: Path,
     accelerator: Accelerator,
+    meter: Meter,
 ) -> TrainState:
     """Train until `config.samples` are consumed, resuming what stands in `out`; returns the final state.
 
-    `batches(start)` yields this process's share of every global batch from sample `start` on. SIGTERM
-    and SIGINT stop after the step under way, with a checkpoint. All randomness is a function of
-    (seed, samples consumed), so N steps, a resume and N more give the bytes that 2N steps give.
+    `batches(start)` yields this process's share of every global batch from sample `start` on. SIGTERM, SIGINT
+    and SIGUSR1 stop after the step under way, with a checkpoint (`TrainState.stopped`). All randomness is a function
+    of (seed, samples consumed), so N steps, a resume and N more give the bytes that 2N steps give. RuntimeError, on
+    all processes, where going on makes no sense: see `Skips`, `Saves` and `gradients`.
     """
     state = prepare(task, config, accelerator)
     resumed = state.resume(out)
     total_steps = -(-config.samples // config.batch_size)
     main = accelerator.is_main_process
     metrics = MetricsFile(out / "metrics.jsonl", state.samples if resumed else -1) if main else None
-    progress = Progress(state.samples, total_steps * config.batch_size, shown=main)
-    means, stop = Means(), _StopSignal()
+    console = Console(state.samples, total_steps * config.batch_size, shown=main)
+    reporter = Reporter(out, wanted=main)
+    start_trackers(accelerator, out, state.step, flat(asdict(config)))
+    means, stop = Means(), StopSignal()
+    skips = Skips(config.max_skips, scaled=accelerator.scaler is not None)
+    saves = Saves(out, config.keep, saved=state.step if resumed else -1)
 
     def every(steps: int) -> bool:
         return bool(steps) and (state.step % steps == 0 or state.step == total_steps)
 
-    with stop, sdpa_order(config.speed.sdpa_order):
+    def look() -> None:
+        for step, keys in skips.look(state.ranks).items():
+            samples = state.samples - (state.step - step) * config.batch_size
+            _say_skipped(metrics, step, samples, keys)
+        skips.check()
+
+    def save(*, last: bool) -> None:
+        look()
+        state.mark("saving")
+        if problem := saves.save(state, last=last):
+            _write(metrics, state, "failed save", {"reason": problem})
+
+    with stop, sdpa_order(config.speed.sdpa_order), Watch(state, out, config.timeout_seconds):
         if state.step < total_steps:
             stream = batches(state.samples)
-        while state.step < total_steps and not stop.asked(accelerator):
-            batch = next(stream).to(accelerator.device, non_blocking=True)
-            seed_torch(config.seed, "step", state.samples, accelerator.process_index)
+        while state.step < total_steps:
+            if stop.asked(state.ranks):
+                state.stopped = True
+                break
+            state.mark("loading data")
+            batch = meter.next(stream).to(accelerator.device, non_blocking=True)
             lr = learning_rate(config.optimizer, state.step, total_steps)
             set_learning_rate(state.optimizers.values(), lr)
 
-            update(state, batch, config, means)
+            outcome = update(state, batch, config, means)
             for ema in state.emas.values():
-                ema.update(state.step)
+                ema.update(state.step, outcome.skipped)
             state.step += 1
             state.samples += config.batch_size
-            progress.advance(config.batch_size)
+            skips.note(state.step, outcome)
+            meter.end()
+            console.advance(config.batch_size)
 
+            if skips.full or every(config.log_steps):
+                look()
             if every(config.log_steps):
-                numbers = floats(_over_ranks(means.pop(), accelerator))
-                _require_finite(numbers, state.step, batch)
-                progress.report(state.step, numbers)
-                _write(metrics, state, "train", {**numbers, "lr": lr, "samples_per_second": progress.rate()})
+                numbers = _finite(floats(_over_ranks(means.pop(), accelerator)))
+                numbers |= {"lr": lr, **rates(state.optimizers), **meter.read(state.ranks, total_steps - state.step)}
+                console.show(state.step, numbers)
+                _write(metrics, state, "train", numbers)
             if inspection.validation is not None and every(config.validate_steps):
+                state.mark("validating")
                 numbers = validate(state, inspection.validation)
-                progress.report(state.step, {f"validation {k}": v for k, v in numbers.items()})
+                console.show(state.step, {f"validation {k}": v for k, v in numbers.items()})
                 _write(metrics, state, "validation", numbers)
-            if main and every(config.preview_steps):
-                preview(state, inspection.preview, out)
-            if main and every(config.snapshot_steps):
-                save_snapshot(state.emas, out, state.step)
+                reporter.update()
+            if every(config.preview_steps):
+                state.mark("drawing previews")
+                if main:
+                    _attempt("preview", lambda: preview(state, inspection.preview, out))
+            if every(config.snapshot_steps):
+                state.mark("saving a snapshot")
+                if main:
+                    _attempt("snapshot", lambda: save_snapshot(state.emas, out, state.step))
             if every(config.save_steps):
-                _save(state, config, out)
-        if stop.asked(accelerator) and state.step < total_steps:
-            _save(state, config, out)
-            log.info("stopped at step %d of %d; run the same command to go on", state.step, total_steps)
-    progress.close()
+                save(last=state.step == total_steps)
+                reporter.update()
+        look()
+        if state.stopped:
+            save(last=True)
+            if main:
+                log.info("stopped at step %d of %d; run the same command to go on", state.step, total_steps)
+    console.close()
+    stop_trackers(accelerator)
     return state
 
 
@@ -141,30 +184,34 @@ def prepare(task: Task, config: TrainConfig, accelerator: Accelerator) -> TrainS
         optimizer = build_optimizer(module, config.optimizer, name)
         module, optimizers[name] = accelerator.prepare(module, optimizer)
         setattr(task, name, module)
-    return TrainState(task, optimizers, emas, accelerator)
+    ranks = Ranks(2 * config.timeout_seconds)  # the watch, which says more, comes first
+    return TrainState(task, optimizers, emas, accelerator, ranks=ranks, accumulate=config.accumulate)
 
 
-def update(state: TrainState, batch: Batch, config: TrainConfig, means: Means) -> None:
-    """One optimizer step per trained part, from gradients accumulated over the micro-batches."""
-    accelerator, task = state.accelerator, state.task
-    micro_batches = batch.split(config.accumulate)
-    for i, micro in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1
-        with ExitStack() as stack:
-            if not last:  # gradients cross the network once a step
-                for name in task.trained:
-                    stack.enter_context(accelerator.no_sync(getattr(task, name)))
-            for name, loss, metrics in task.losses(micro, state.step):
-                accelerator.backward(loss * (len(micro) / len(batch)))
-                means.add(metrics, len(micro))
-                if last:
-                    optimizer = state.optimizers[name]
-                    if config.optimizer.clip:
-                        accelerator.unscale_gradients(optimizer)
-                        norm = clip_grad_norm_(getattr(task, name).parameters(), config.optimizer.clip)
-                        means.add({"gradient": norm})
-                    optimizer.step()
-                    optimizer.zero_grad()
+def update(state: TrainState, batch: Batch, config: TrainConfig, means: Means) -> Outcome:
+    """One optimizer step of every trained part, from gradients accumulated over the micro-batches; or of none.
+
+    If a gradient is not finite no part steps, on any process, and no buffer has changed. Nothing waits for the device.
+    """
+    before = [(buffer, buffer.clone()) for buffer in state.changing()]
+
+    @torch.no_grad()
+    def undo() -> None:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+    finite, measured = gradients(state, batch, config.seed, undo)
+    for metrics, samples in measured:
+        means.add(metrics, samples)
+    norms = gradient_norms(state, config.optimizer.clip)
+    skipped = ~torch.stack(list(norms.values())).isfinite().all()
+    with torch.no_grad():
+        for buffer, value in before:
+            buffer.copy_(torch.where(skipped, value, buffer))
+    for name, norm in norms.items():
+        means.add({"gradient": norm})
+        step_unless(skipped, state.optimizers[name])
+    return Outcome(skipped, finite, [micro.keys for micro in batch.split(len(finite))])
 
 
 @torch.no_grad()
@@ -186,45 +233,35 @@ def preview(state: TrainState, batch: Batch, out: Path) -> None:
         columns = 8 if len(images) > 4 else len(images)
         path = out / "previews" / f"step-{state.step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(grid(images.float().cpu(), columns, scale=max(1, 128 // images.shape[-1])), path)
+        sheet = grid(images.float().cpu(), columns, scale=max(1, 128 // images.shape[-1]))
+        save_png(sheet, path)
+        track_picture(state.accelerator, state.step, sheet)
 
 
-class _StopSignal:
-    """Turns SIGTERM and SIGINT into a flag that all ranks agree on; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        self.previous: dict[int, object] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, self._handle)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _handle(self, number: int, frame: object) -> None:
-        self.seen = True
-        signal.signal(number, self.previous[number])  # type: ignore[arg-type]
-
-    def asked(self, accelerator: Accelerator) -> bool:
-        if accelerator.num_processes == 1:
-            return self.seen
-        flag = torch.tensor(int(self.seen), device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum").item())
+def _attempt(what: str, write: Callable[[], object]) -> None:
+    """What a run can do without: a disk that is full, or a GPU, is warned of."""
+    try:
+        write()
+    except (OSError, torch.OutOfMemoryError) as error:
+        log.warning("no %s: %s; going on", what, " ".join(str(error).split()))
 
 
-def _save(state: TrainState, config: TrainConfig, out: Path) -> None:
-    if state.accelerator.is_main_process:
-        state.save(out, name=out.name, keep=config.keep)
-    state.accelerator.wait_for_everyone()
+def _say_skipped(metrics: MetricsFile | None, step: int, samples: int, keys: list[str]) -> None:
+    """A line in the log and one in `metrics.jsonl`, by the main process."""
+    if metrics is None:
+        return
+    why = f"the loss is not finite, of some of {len(keys)} samples" if keys else "the gradient is not finite"
+    shown = f": {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}" if keys else ""
+    log.warning("step %d was skipped, as %s%s", step, why, shown)
+    values: dict[str, Any] = {"step": step, "samples": samples, "kind": "skipped", "keys": keys}
+    _attempt("line of metrics", lambda: metrics.write(**values))
 
 
-def _write(metrics: MetricsFile | None, state: TrainState, kind: str, numbers: dict[str, float]) -> None:
+def _write(metrics: MetricsFile | None, state: TrainState, kind: str, numbers: Mapping[str, float | str]) -> None:
     if metrics is not None:
-        metrics.write(step=state.step, samples=state.samples, kind=kind, **numbers)
+        values = {"step": state.step, "samples": state.samples, "kind": kind, **numbers}
+        _attempt("line of metrics", lambda: metrics.write(**values))
+        track(state.accelerator, kind, state.step, numbers)
 
 
 def _over_ranks(metrics: Metrics, accelerator: Accelerator) -> Metrics:
@@ -233,12 +270,9 @@ def _over_ranks(metrics: Metrics, accelerator: Accelerator) -> Metrics:
     return {name: accelerator.reduce(value, "mean") for name, value in metrics.items()}
 
 
-def _require_finite(numbers: dict[str, float], step: int, batch: Batch) -> None:
-    if not torch.isfinite(torch.tensor(numbers["loss"])):
-        raise RuntimeError(
-            f"the loss is {numbers['loss']} at step {step} (last samples: {', '.join(batch.keys[:4])}, ...); "
-            "lower optimizer.lr, or use precision=no; the last checkpoint is from before"
-        )
+def _finite(numbers: dict[str, float]) -> dict[str, float]:
+    """Without means that a skipped step has spoilt."""
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _evaluating(task: Task) -> ExitStack:

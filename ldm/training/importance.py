@@ -34,11 +34,8 @@ class LossSecondMoment(nn.Module):
 
     def draw(self, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """u [B], uniform in [0, 1) -> (levels' quantiles [B], the weights [B] that keep the loss what it is)."""
-        if step != int(self.step):
-            self._take_in()
-            self.step.fill_(step)
-        if self.seen.min() < WARM_UP:
-            return u, torch.ones_like(u)
+        self._take_in(self.step != step)
+        self.step.fill_(step)
         root = self.moment.sqrt()
         share = (1 - FLOOR) * root / root.sum().clamp(min=1e-300) + FLOOR / BUCKETS
         share = share / share.sum()
@@ -46,24 +43,32 @@ class LossSecondMoment(nn.Module):
         place = u.double()
         bucket = torch.searchsorted(ends, place, right=True).clamp(max=BUCKETS - 1)
         inside = ((place - (ends - share)[bucket]) / share[bucket]).clamp(0, 1 - 1e-9)
-        return (bucket + inside) / BUCKETS, (1 / (BUCKETS * share[bucket])).to(u)
+        known = self.seen.min() >= WARM_UP  # on the device, as all of this
+        quantile = torch.where(known, (bucket + inside) / BUCKETS, place)
+        weight = torch.where(known, (1 / (BUCKETS * share[bucket])).to(u), 1.0)
+        return quantile, weight
 
     @torch.no_grad()
     def learn(self, quantiles: Tensor, loss: Tensor) -> None:
-        """Remember the losses [B] at those quantiles, before the weights of `draw`; every process must call it."""
+        """Remember the losses [B] at those quantiles, before the weights of `draw`; every process must call it.
+
+        Those that are not finite are left out.
+        """
         bucket = (quantiles.double() * BUCKETS).long().clamp(0, BUCKETS - 1)
-        squares = loss.detach().double().square()
+        finite = loss.isfinite()
+        squares = torch.where(finite, loss.detach().double(), 0.0).square()
         new = torch.zeros_like(self.new)
         new[0].index_add_(0, bucket, squares)
-        new[1].index_add_(0, bucket, torch.ones_like(squares))
+        new[1].index_add_(0, bucket, finite.double())
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(new)
         self.new += new
 
-    def _take_in(self) -> None:
-        sums, counts = self.new
+    def _take_in(self, over: Tensor) -> None:
+        """Count in the step that was learned from last, if it is `over`."""
+        sums, counts = self.new * over
         left = torch.where(self.seen > 0, DECAY**counts, 0.0)
         mean = sums / counts.clamp(min=1)
         self.moment.copy_(torch.where(counts > 0, left * self.moment + (1 - left) * mean, self.moment))
         self.seen += counts
-        self.new.zero_()
+        self.new *= ~over

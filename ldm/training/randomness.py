@@ -5,6 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from ldm.nn.transfer import to_device
+
 
 def generator(*words: int | str) -> torch.Generator:
     """A CPU generator seeded by the words, the same for the same words on every machine."""
@@ -20,20 +22,24 @@ def seed_torch(*words: int | str) -> None:
 class SampleRandomness:
     """The random numbers of a batch, each sample's from its own generator.
 
-    positions [B]: places in the run's global stream. Batch size, rank and worker do not matter.
+    positions [B], on the host: places in the run's global stream. Batch size, rank and worker do not matter.
+    device: where the numbers go; with the positions unless given.
     """
 
-    def __init__(self, seed: int, positions: Tensor) -> None:
+    def __init__(self, seed: int, positions: Tensor, device: torch.device | None = None) -> None:
         self.seed = seed
         self.positions = positions.tolist()
-        self.device = positions.device
+        self.device = positions.device if device is None else device
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal [B, *shape]."""
         rows = [torch.randn(shape, generator=generator(self.seed, p, purpose)) for p in self.positions]
-        return torch.stack(rows).to(self.device)
+        return to_device(torch.stack(rows), self.device)
 
     def uniform(self, purpose: str) -> Tensor:
         """Uniform in [0, 1): [B]."""
-        rows = [torch.rand((), generator=generator(self.seed, p, purpose)) for p in self.positions]
-        return torch.stack(rows).to(self.device)
+        return to_device(torch.tensor(self.fractions(purpose)), self.device)
+
+    def fractions(self, purpose: str) -> list[float]:
+        """The same numbers on the host."""
+        return [float(torch.rand((), generator=generator(self.seed, p, purpose))) for p in self.positions]

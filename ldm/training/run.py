@@ -3,16 +3,20 @@
 import fcntl
 import logging
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.flop_counter import FlopCounterMode
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs, LoggerType
 
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
@@ -27,12 +31,16 @@ from ldm.nn.attention import BACKENDS, set_backend
 from ldm.training.autoencoder import AutoencoderTask, AutoencoderTaskConfig
 from ldm.training.classifier import ClassifierTask, ClassifierTaskConfig
 from ldm.training.contrastive import ContrastiveTask, ContrastiveTaskConfig
+from ldm.training.costs import estimate, summarise
 from ldm.training.denoising import DenoisingTask, DenoisingTaskConfig
 from ldm.training.engine import Inspection, TrainConfig, train
 from ldm.training.latents import check_cache
 from ldm.training.memory import check_device
-from ldm.training.metrics import clock
+from ldm.training.metrics import Meter
+from ldm.training.peaks import peak_flops
 from ldm.training.randomness import seed_torch
+from ldm.training.report import reported
+from ldm.training.runs import environment, flat
 from ldm.training.state import TrainState
 from ldm.training.tasks import Task, TaskConfig
 
@@ -52,6 +60,9 @@ FREE = (
     "preview_steps",
     "save_steps",
     "keep",
+    "trackers",
+    "max_skips",
+    "timeout_seconds",
     "data.workers",
     "data.copies",
     "data.copies_mb",
@@ -72,18 +83,36 @@ class RunConfig(TrainConfig):
     validation_samples: int = 256
     init: str = ""  # start from this model's weights (fine-tuning); ignored once the run has a checkpoint
     attention: str = "sdpa"  # sdpa | xformers | math
+    trackers: tuple[str, ...] = ()  # tensorboard, wandb, ... as well as metrics.jsonl
 
     def __post_init__(self) -> None:
         known("precision", self.precision, ("no", "bf16", "fp16"))
         known("attention back-end", self.attention, BACKENDS)
-        for name in ("samples", "batch_size", "accumulate", "keep", "validation_samples"):
+        for name in self.trackers:
+            known("tracker", name, [str(t) for t in LoggerType if t is not LoggerType.ALL])
+        for name in (
+            "samples",
+            "batch_size",
+            "accumulate",
+            "keep",
+            "validation_samples",
+            "max_skips",
+            "timeout_seconds",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 def run(config: RunConfig) -> TrainState:
     """Train as `config` says, in `config.out`, resuming what stands there. ValueError before any work if it cannot."""
-    accelerator = Accelerator(mixed_precision=config.precision)
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * config.timeout_seconds))  # see ldm.training.watch
+    check_trackers(config.trackers)
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        kwargs_handlers=[patience],
+        log_with=list(config.trackers) or None,
+        project_dir=config.out,
+    )
     rank, world = accelerator.process_index, accelerator.num_processes
     check_device(config.speed, config.precision, accelerator.device)
     set_backend(config.attention, accelerator.device)
@@ -97,7 +126,11 @@ def run(config: RunConfig) -> TrainState:
             f"accumulate={config.accumulate} needs at least that many samples per process; "
             f"batch_size={config.batch_size} over {world} gives {config.batch_size // world}"
         )
-
+    if task.whole and config.accumulate > 1:
+        raise ValueError(
+            f"accumulate={config.accumulate} would compare each part with itself alone, which is another loss; "
+            "use task.micro_batch, which is the same loss in less memory"
+        )
     if isinstance(config.task, AutoencoderTaskConfig):
         if config.task.decoder_only and not config.init:
             raise ValueError("task.decoder_only keeps the encoder as it is: give the model to start from, init=MODEL")
@@ -107,14 +140,30 @@ def run(config: RunConfig) -> TrainState:
     with own_folder(out, config, main=accelerator.is_main_process):
         if config.init and not (out / "checkpoints").is_dir():
             start_from(task, config.init)
-        text = summary(config, data, task)  # on every process: counting FLOP runs the losses, which gather
+        summary = summarise(task, data, config, config.data)  # on every process: its losses gather
         if accelerator.is_main_process:
-            log.info("%s\nattention: %s", text, config.attention)
+            log.info("%s\nattention: %s", summary, config.attention)
 
         def batches(start: int) -> Iterator[Batch]:
             return iter(Loader(data, config.data, start=start, **loader_arguments))
 
-        return train(task, batches, inspection(config, data), config, out, accelerator)
+        device = accelerator.device
+        peak = peak_flops(device, config.precision, tf32=config.speed.tf32)
+        meter = Meter(device, config.batch_size, summary.flop_per_sample, peak)
+        facts = {"summary": asdict(summary), "environment": environment(device, world)}
+        with reported(out, facts, main=accelerator.is_main_process) as record:
+            state = train(task, batches, inspection(config, data), config, out, accelerator, meter)
+            record["state"] = "stopped" if state.stopped else "finished"
+        return state
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise ValueError for a tracker that is not installed."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in installed:
+            hint = "pip install 'ldm[track]'" if name in ("tensorboard", "wandb") else "install its package"
+            raise ValueError(f"trackers: {name} is not installed: {hint}, or leave it out")
 
 
 def build(config: RunConfig) -> tuple[list[ShardReader], Task]:
@@ -139,6 +188,11 @@ def check_data(loader: Loader, task: Task) -> None:
             raise ValueError(f"pictures of {width} x {height} px: the sides must be multiples of {multiple}")
     for cache in loader.caches:
         check_cache(cache, task.autoencoder, task.text)
+        if task.config.train_text and cache.key.text:
+            raise ValueError(
+                "task.train_text=true: data.cache holds what the text encoder said before it learned; "
+                "make one without --text"
+            )
 
 
 def inspection(config: RunConfig, data: list[ShardReader]) -> Inspection:
@@ -163,39 +217,6 @@ def start_from(task: Task, model: str) -> None:
     log.info("starting from %s: %s", found.folder, ", ".join(trained))
 
 
-def summary(config: RunConfig, data: list[ShardReader], task: Task) -> str:
-    """Parameter counts, memory and arithmetic of the run, as text."""
-    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in task.components().items()}
-    trained = sum(p.numel() for name in task.trained for p in getattr(task, name).parameters())
-    frozen = max(0, sum(counts.values()) - trained)
-    # float32 weights, gradients, two moments and the average; activations come on top
-    gib = (trained * 4 * 5 + frozen * 4) / 2**30
-    flop = flop_per_sample(task, data, config.data)
-    lines = [f"{name}: {count / 1e6:.2f} M parameters" for name, count in counts.items()]
-    lines.append(f"trained: {trained / 1e6:.2f} M; weights, optimizer and average take {gib:.2f} GiB")
-    lines.append(
-        f"{flop / 1e9:.2f} GFLOP a sample, forward and backward; {flop * config.samples / 1e12:.1f} TFLOP in all "
-        f"(at 100 GFLOP/s: {clock(flop * config.samples / 1e11)})"
-    )
-    samples = sum(map(len, data))
-    lines.append(f"{samples} samples in {', '.join(config.data.paths)}; {config.samples / samples:.1f} epochs")
-    return "\n".join(lines)
-
-
-def flop_per_sample(task: Task, data: list[ShardReader], config: DataConfig) -> float:
-    """Matrix and convolution FLOP of a training step, per sample (1 multiply-add = 2)."""
-    batch = fixed_batch(data, config, min(2, sum(map(len, data))))
-    buffers = {name: b.clone() for name, b in task.named_buffers()}
-    counter = FlopCounterMode(display=False)
-    with counter:
-        for _, loss, _ in task.losses(batch, 0):
-            loss.backward()
-    task.zero_grad(set_to_none=True)
-    for name, b in task.named_buffers():
-        b.copy_(buffers[name])  # running statistics must not notice
-    return counter.get_total_flops() / len(batch)
-
-
 @contextmanager
 def own_folder(out: Path, config: RunConfig, *, main: bool) -> Iterator[None]:
     """Hold the run folder `out` for this run alone; write its config, and its log beside the terminal's.
@@ -207,13 +228,11 @@ def own_folder(out: Path, config: RunConfig, *, main: bool) -> Iterator[None]:
         return
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _held(lock):
             lock.seek(0)
-            raise ValueError(f"{out} is in use by another run (process {lock.read().strip()})") from None
+            raise ValueError(f"{out} is in use by another run (process {lock.read().strip()})")
         lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
+        lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         _refuse_other_settings(out, config)
         (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -228,24 +247,29 @@ def own_folder(out: Path, config: RunConfig, *, main: bool) -> Iterator[None]:
             handler.close()
 
 
+def _held(lock: IO[str]) -> bool:
+    """Take the lock, or say that another has it; `ldm runs` has it only for an instant."""
+    for wait in (0.1, 0.1, 0.0):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(wait)
+    return False
+
+
 def _refuse_other_settings(out: Path, config: RunConfig) -> None:
     if not (out / "checkpoints").is_dir():
         return
-    before = _flat(plain(load_config(RunConfig, [out / "config.yaml"], [])))
-    now = _flat(plain(config))
+    before = flat(plain(load_config(RunConfig, [out / "config.yaml"], [])))
+    now = flat(plain(config))
     changed = [k for k in now if before.get(k) != now[k] and k not in FREE]
     if changed:
         listed = ", ".join(f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in changed[:3])
         raise ValueError(f"{out} holds a run with other settings ({listed}); give another out=")
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def describe(config: RunConfig) -> str:
-    """What `--dry-run` prints: the resolved config, then the summary. Writes nothing."""
+def describe(config: RunConfig, tflops: float = 0.0) -> str:
+    """What `--dry-run` prints: the resolved config, then what the run will cost; see `estimate`. Writes nothing."""
     data, task = build(config)
-    return f"{to_yaml(config)}\n{summary(config, data, task)}"
+    return f"{to_yaml(config)}\n{estimate(task, data, config, config.data, tflops)}"

@@ -1,11 +1,13 @@
 """All that a run must remember, and how it goes to disk and comes back."""
 
 import logging
+import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ from ldm.checkpoints.files import (
 from ldm.checkpoints.load import save_model
 from ldm.checkpoints.model import load_tensors
 from ldm.training.ema import EMA
+from ldm.training.ranks import Ranks
 from ldm.training.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -30,7 +33,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """Progress, and per trained submodule its optimizer and its average."""
+    """Progress, and per trained submodule its optimizer and its average.
+
+    Not of the run but of its processes: accumulate, micro-batches a step, more when memory is out; shapes of batches
+    that are known to fit; stopped, whether it was asked to; marks, how many places the loop has come by, the same in
+    all processes; doing, the latest of them.
+    """
 
     task: Task
     optimizers: dict[str, Any]
@@ -38,21 +46,34 @@ class TrainState:
     accelerator: Accelerator
     step: int = 0
     samples: int = 0
+    ranks: Ranks = field(default_factory=Ranks)
+    accumulate: int = 1
+    shapes: set[tuple[torch.Size, ...]] = field(default_factory=set)
+    stopped: bool = False
+    marks: int = 0
+    doing: str = "starting"
+
+    def mark(self, doing: str) -> None:
+        """Note that the loop has come to another place; who watches it sees that it gets on."""
+        self.marks += 1
+        self.doing = doing
 
     def save(self, out: Path, name: str, keep: int) -> Path:
         """Commit `out/checkpoints/step-N`: the model with averaged weights, and what a resume needs.
 
-        Raises RuntimeError, and writes nothing, if a weight is not finite. Keeps the newest `keep`.
+        Raises RuntimeError, and writes nothing, if a weight, an average or what is remembered is not finite. Keeps the
+        newest `keep`.
         """
         folder = out / "checkpoints" / f"step-{self.step:08d}"
-        own = self._own_weights()
-        if not all_finite(own):
-            raise RuntimeError(f"not saving step {self.step}: a weight is NaN or infinite")
+        own, remembered = self._own_weights(), self._remembered()
+        averages = {f"{key}.{n}": a for key, ema in self.emas.items() for n, a in ema.average.items()}
+        for what, tensors in (("a weight", own), ("an average", averages), ("what the task remembers", remembered)):
+            if not all_finite(tensors):
+                raise RuntimeError(f"not saving step {self.step}: {what} is NaN or infinite")
         with commit(folder) as stage:
             save_tensors(stage / "train" / "weights.safetensors", own)
-            averages = {f"{key}.{n}": a for key, ema in self.emas.items() for n, a in ema.average.items()}
             save_tensors(stage / "train" / "averages.safetensors", averages)
-            if remembered := self._remembered():
+            if remembered:
                 save_tensors(stage / "train" / "remembered.safetensors", remembered)
             for key, optimizer in self.optimizers.items():
                 tensors, groups = _flatten(optimizer.state_dict())
@@ -69,10 +90,24 @@ class TrainState:
         return folder
 
     def resume(self, out: Path) -> bool:
-        """Take up the newest valid checkpoint of `out`; False if there is none."""
+        """Take up the newest valid checkpoint of `out`; False if there is none at all. Half-written ones go.
+
+        Raises ValueError if all are damaged, if it lacks what this run's precision needs, or if not all processes find
+        the same one.
+        """
+        if self.accelerator.is_main_process:
+            for left in (out / "checkpoints").glob(".*-step-*"):
+                shutil.rmtree(left, ignore_errors=True)
         folder = newest_valid(out / "checkpoints")
+        if folder is None and steps(out / "checkpoints"):
+            raise ValueError(f"no checkpoint in {out / 'checkpoints'} is whole; remove that folder to start anew")
+        if len(set(self.ranks.everyones(folder and folder.name))) > 1:
+            raise ValueError(f"the processes find different checkpoints in {out}; all machines must share that folder")
         if folder is None:
             return False
+        progress = read_json(folder / "train" / "progress.json")
+        if self.accelerator.scaler is not None and "scaler" not in progress:
+            raise ValueError(f"{folder} was not trained with precision=fp16: go on with the precision that it had")
         source = str(folder / "train")
         own, _ = read_tensors(folder / "train" / "weights.safetensors")
         for key in self.task.trained:
@@ -89,12 +124,22 @@ class TrainState:
             kept, _ = read_tensors(folder / "train" / "remembered.safetensors")
             for name, value in remembered.items():
                 value.copy_(kept[name])
-        progress = read_json(folder / "train" / "progress.json")
         self.step, self.samples = progress["step"], progress["samples"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         log.info("resuming %s at step %d (%d samples)", out, self.step, self.samples)
         return True
+
+    def changing(self) -> list[Tensor]:
+        """What training changes without gradients: running statistics, and what the task remembers.
+
+        And the frozen parameters of a module with statistics, which may be made from them, as a codebook is.
+        """
+        found = list(self._remembered().values())
+        for module in (m for key in self.task.trained for m in self._module(key).modules()):
+            if buffers := list(module.buffers(recurse=False)):
+                found += buffers + [p for p in module.parameters(recurse=False) if not p.requires_grad]
+        return found
 
     def averaged(self) -> ExitStack:
         """Within the block every trained submodule carries its averaged weights."""

@@ -25,17 +25,20 @@ class Task(nn.Module):
     trained: names of the submodules that learn; each gets its own optimizer, EMA and DDP wrapper, and
     is therefore only ever called through `forward`. Everything else is frozen.
     remembered: names of submodules whose buffers belong to the progress of a run, the same on every process.
+    whole: whether the loss is that of the batch as a whole, so that its micro-batches' mean is another.
     seed: all randomness of a sample derives from it and the sample's position.
     """
 
     trained: tuple[str, ...]
     remembered: tuple[str, ...] = ()
+    whole: bool = False
     seed: int
 
     def losses(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, Metrics]]:
         """Yield (trained submodule, scalar loss, metrics): each yield means "step its optimizer with this".
 
-        A second yield may use local variables of the first: an adversarial task reconstructs once.
+        All step after the last one. A second yield may use local variables of the first: an adversarial task
+        reconstructs once.
         """
         raise NotImplementedError
 

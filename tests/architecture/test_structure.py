@@ -50,7 +50,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
 HEAVY: dict[str, tuple[str, ...]] = {
     "omegaconf": ("ldm.config",),
     "xformers": ("ldm.nn.attention",),
-    "open_clip": ("ldm.models.text", "ldm.models.clip", "ldm.training.contrastive"),  # the last for its loss
+    "open_clip": ("ldm.models.text", "ldm.models.clip"),
     "torchvision": ("ldm.models.text",),  # to see whether open_clip will find it in working order
     "transformers": ("ldm.models.transformers_text",),
     "tokenizers": ("ldm.models.transformers_text",),

@@ -3,7 +3,11 @@
 import fcntl
 import json
 import math
+import multiprocessing
+import socket
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +20,8 @@ from ldm.training import engine
 from ldm.training.denoising import DenoisingTask
 from ldm.training.optim import OptimizerConfig, build_optimizer, learning_rate
 from ldm.training.randomness import SampleRandomness
-from ldm.training.run import build, describe, run
+from ldm.training.run import RunConfig, build, describe, own_folder, run
+from ldm.training.state import TrainState
 from tests.conftest import frozen, tiny_config
 
 
@@ -75,12 +80,31 @@ def test_what_cannot_work_is_refused_before_any_work(
 def test_one_run_a_folder(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / ".lock").open("w") as lock:
-        lock.write("1234")
+        lock.write("1234 on elsewhere")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match=r"in use by another run \(process 1234\)"):
+        with pytest.raises(ValueError, match=r"in use by another run \(process 1234 on elsewhere\)"):
             run(tiny_config("autoencoder", tmp_path / "out", shards))
     run(tiny_config("autoencoder", tmp_path / "out", shards))  # the lock of a dead process is no lock
+
+
+def hold(out: Path, config: RunConfig) -> None:
+    with own_folder(out, config, main=True):
+        (out / "held").touch()
+        time.sleep(60)
+
+
+def test_two_processes_at_once_and_a_killed_one(shards: Path, tmp_path: Path) -> None:
+    config = tiny_config("autoencoder", tmp_path, shards)
+    other = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path, config))
+    other.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match=rf"in use by another run \(process {other.pid} on {socket.gethostname()}\)"):
+        run(config)
+    other.kill()
+    other.join()
+    assert run(config).step == 4
 
 
 def test_resuming_with_other_settings(shards: Path, tmp_path: Path) -> None:
@@ -111,21 +135,22 @@ def test_dry_run_writes_nothing(shards: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["a weight", "an average"])
+def test_what_is_not_finite_is_never_saved(
+    what: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = engine.update
 
-    def poisoned(state: object, *rest: object) -> None:
-        if state.step == 2:  # type: ignore[attr-defined]
-            next(state.task.autoencoder.parameters()).data.fill_(float("nan"))  # type: ignore[attr-defined]
-        real(state, *rest)  # type: ignore[arg-type]
+    def poisoned(state: TrainState, *rest: Any) -> Any:
+        outcome = real(state, *rest)
+        if state.step == 2:
+            average = next(iter(state.emas["autoencoder"].average.values()))
+            (average if what == "an average" else next(state.task.parameters()).data).fill_(math.nan)
+        return outcome
 
     monkeypatch.setattr(engine, "update", poisoned)
-    with pytest.raises(RuntimeError, match="the loss is nan at step 3"):
-        run(tiny_config("autoencoder", tmp_path / "out", shards))
-    with pytest.raises(RuntimeError, match="not saving step 3: a weight is NaN"):
-        run(tiny_config("autoencoder", tmp_path / "out", shards, "log_steps=100", "save_steps=3"))
+    with pytest.raises(RuntimeError, match=f"not saving step 3: {what} is NaN or infinite; the last .*step-00000002"):
+        run(tiny_config("autoencoder", tmp_path / "out", shards, "save_steps=1"))
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "out").values())
 
 

@@ -9,6 +9,7 @@ import torch
 from ldm.checkpoints.files import newest_valid, read_tensors
 from ldm.training import state as state_module
 from ldm.training.ema import EMA
+from ldm.training.metrics import MEASURED
 from ldm.training.run import run
 from tests.conftest import TINY, frozen, tiny_config
 
@@ -34,12 +35,13 @@ def train_in_two_parts(kind: str, out: Path, shards: Path, *more: str) -> None:
 
     real, calls = engine.update, 0
 
-    def update(*args: object) -> None:
+    def update(*args: object) -> object:
         nonlocal calls
-        real(*args)  # type: ignore[arg-type]
+        outcome = real(*args)  # type: ignore[arg-type]
         calls += 1
         if calls == 2:
             os.kill(os.getpid(), signal.SIGTERM)
+        return outcome
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "update", update)
@@ -55,7 +57,8 @@ def more(request: pytest.FixtureRequest, models: dict[str, Path]) -> list[str]:
 
 @pytest.mark.parametrize("kind", TINY)
 def test_two_halves_equal_the_whole(kind: str, more: list[str], shards: Path, tmp_path: Path) -> None:
-    extra = ["accumulate=2", "data.caption=random", *more]
+    parts = "task.micro_batch=2" if kind == "contrastive" else "accumulate=2"
+    extra = [parts, "data.caption=random", *more]
     if kind == "denoising":
         extra += ["task.diffusion.timesteps=loss_second_moment"]  # which remembers something
     run(tiny_config(kind, tmp_path / "whole", shards, "save_steps=100", *extra))
@@ -67,7 +70,7 @@ def test_two_halves_equal_the_whole(kind: str, more: list[str], shards: Path, tm
 
     def numbers(name: str) -> list[dict]:
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
+        return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
     assert numbers("whole") == numbers("parts")
 
@@ -108,6 +111,14 @@ def test_a_damaged_checkpoint_is_passed_over(shards: Path, tmp_path: Path) -> No
     file.write_bytes(bytes(data))
     run(tiny_config("autoencoder", tmp_path / "hurt", shards))  # from step 2 again
     assert files_of(tmp_path / "whole") == files_of(tmp_path / "hurt")
+
+
+def test_what_a_killed_save_left_is_removed(shards: Path, tmp_path: Path) -> None:
+    run(tiny_config("autoencoder", tmp_path, shards))
+    for name in (".tmp-step-00000009", ".del-step-00000001"):
+        (tmp_path / "checkpoints" / name / "train").mkdir(parents=True)
+    assert run(tiny_config("autoencoder", tmp_path, shards)).step == 4
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
 
 
 def test_average_follows_its_formula(shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""A text encoder that learns with the denoiser, from the denoiser's loss (Rombach et al. 2022, eq. 3)."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.types import Conditioning
+
+
+@dataclass(frozen=True)
+class Unread(Conditioning):
+    """A conditioning whose prompts nobody has read yet: the network below will, in its own forward pass."""
+
+    prompts: tuple[str, ...] = ()
+
+
+class JointDenoiser(nn.Module):
+    """A text encoder and a denoiser as one network, with one optimizer, average and DDP wrapper."""
+
+    def __init__(self, text: nn.Module, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.text, self.denoiser = text, denoiser
+        config: Any = denoiser.config
+        _learn(text, pooled=config.pooled_dim > 0)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Unread) -> Tensor:
+        """x [B, C, H, W], t [B], B prompts -> raw prediction [B, C, H, W]."""
+        output: Tensor = self.denoiser(x, t, _read(self.text, cond))
+        return output
+
+
+@torch.compiler.disable  # the words of a batch are no constants, for which the compiler would take them
+def _read(text: nn.Module, cond: Unread) -> Conditioning:
+    told: Conditioning = text(cond.prompts)
+    return replace(told, sizes=cond.sizes, label=cond.label, concat=cond.concat, control=cond.control)
+
+
+def _learn(text: nn.Module, *, pooled: bool) -> None:
+    """Have those parameters learn that reach what a denoiser is told.
+
+    Blocks beyond the context's layer, say, or a projection into a space that it does not use, stay as they are: they
+    would never have a gradient, and DDP waits for all.
+    """
+    parameters = list(text.requires_grad_(True).parameters())
+    cond = text([""])
+    told = [cond.context.sum(), *([cond.pooled.sum()] if pooled else [])]
+    gradients = torch.autograd.grad(sum(told), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
