@@ -32,9 +32,16 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])  # [N, out]
         for_x = _product(gradient.contiguous(), weight.t()) if ctx.needs_input_grad[0] else None
-        for_weight = _product(rows.t(), x.reshape(len(rows), -1).t()) if ctx.needs_input_grad[1] else None
+        for_weight = _outer(rows, x.reshape(len(rows), -1)) if ctx.needs_input_grad[1] else None
         for_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return for_x, for_weight, for_bias
+
+
+def _outer(rows: Tensor, inputs: Tensor) -> Tensor:
+    """rows^T inputs: [N, out], [N, in] -> [out, in]. The kernel copies its first argument: the smaller comes first."""
+    if rows.shape[1] <= inputs.shape[1]:
+        return _product(rows.t(), inputs.t())
+    return _product(inputs.t(), rows.t()).t()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
