@@ -111,9 +111,11 @@ class FileCache:
                         found = hashlib.file_digest(file, "sha256").hexdigest()
                     if found != sha256:
                         raise OSError(f"{path} is damaged: its sha256 is {found}, not {sha256}")
-                os.replace(part, self.folder / part.name.split(".")[0])
-            finally:
+            except BaseException:
                 part.unlink(missing_ok=True)
+                raise
+            # From here on the name of the part may be another's, who fetches the file anew after it was thrown out.
+            os.replace(part, self.folder / part.name.split(".")[0])
 
 
 def _is_abandoned(part: Path) -> bool:

@@ -68,9 +68,6 @@ def verify(folder: Path) -> None:
     manifest = read_json(manifest_path)
     if not isinstance(manifest, dict):
         raise ValueError(f"{manifest_path} is damaged: it does not hold a table of files")
-    present = {str(p.relative_to(folder)) for kind in ("*.safetensors", "*.json") for p in folder.rglob(kind)}
-    if unlisted := present - manifest.keys() - {MANIFEST}:
-        raise ValueError(f"{manifest_path} is altered: it does not list {', '.join(sorted(unlisted))}")
     for name, entry in manifest.items():
         if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys() or ".." in Path(name).parts:
             raise ValueError(f"{manifest_path} is damaged: its entry for {name!r} is not one")
@@ -82,6 +79,9 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{path} is truncated or altered: {size} bytes instead of {entry['bytes']}")
         if sha256(path) != entry["sha256"]:
             raise ValueError(f"{path} is altered: its sha256 is not the one recorded when it was saved")
+    present = {str(p.relative_to(folder)) for kind in ("*.safetensors", "*.json") for p in folder.rglob(kind)}
+    if unlisted := present - manifest.keys() - {MANIFEST}:
+        raise ValueError(f"{manifest_path} is altered: it does not list {', '.join(sorted(unlisted))}")
 
 
 def steps(checkpoints: Path) -> list[Path]:

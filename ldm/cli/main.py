@@ -1,6 +1,7 @@
 """The `ldm` command: verbs, and one clear line for what goes wrong."""
 
 import logging
+import os
 import sys
 
 import typer
@@ -35,9 +36,30 @@ def application() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one line and exit status 2, not in a traceback."""
+    _open_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         application()()
     except (ValueError, RuntimeError, OSError) as error:
         logging.getLogger(__name__).debug("", exc_info=True)
         sys.exit(f"ldm: {' '.join(str(error).split())}")
+    finally:
+        _flush_streams()
+
+
+def _open_streams() -> None:
+    """Have all three standard streams, if only to nowhere: a file opened later would become one of them."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+def _flush_streams() -> None:
+    """Give up what nobody can be told: Python would end with status 120, whatever became of the command."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

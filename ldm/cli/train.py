@@ -1,6 +1,7 @@
 """`ldm train`."""
 
 import signal
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -48,6 +49,7 @@ def train(
                 signal.signal(number, signal.SIG_IGN)  # a launcher ends all others as soon as one has gone
         part()
         if state.accelerator.is_main_process:
-            typer.echo(f"{config.out}: at step {state.step}; the model is its newest checkpoint")
+            with suppress(OSError):  # whoever no longer listens learns it from the exit status
+                typer.echo(f"{config.out}: at step {state.step}; the model is its newest checkpoint")
         if state.stopped:
             raise typer.Exit(STOPPED)

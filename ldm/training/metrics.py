@@ -204,7 +204,7 @@ class Console:
 
     def __init__(self, done: int, total: int, *, shown: bool) -> None:
         self.done, self.total, self.shown = done, total, shown
-        terminal = shown and sys.stderr.isatty()
+        terminal = shown and sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, unit="sample", dynamic_ncols=True) if terminal else None
 
     def advance(self, samples: int) -> None:

@@ -23,6 +23,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader, fixed_batch, open_data
 from data_pipeline.reader import ShardReader
 from data_pipeline.samples import size_of
+from ldm.checkpoints.files import steps
 from ldm.checkpoints.load import load_model
 from ldm.checkpoints.model import load_tensors
 from ldm.config import load_config, plain, to_yaml
@@ -34,13 +35,13 @@ from ldm.training.contrastive import ContrastiveTask, ContrastiveTaskConfig
 from ldm.training.costs import estimate, summarise
 from ldm.training.denoising import DenoisingTask, DenoisingTaskConfig
 from ldm.training.engine import Inspection, TrainConfig, train
-from ldm.training.latents import check_cache
+from ldm.training.latents import check_cache, weights_sha256
 from ldm.training.memory import check_device
 from ldm.training.metrics import Meter
 from ldm.training.peaks import peak_flops
 from ldm.training.randomness import seed_torch
 from ldm.training.report import reported
-from ldm.training.runs import environment, flat
+from ldm.training.runs import environment, flat, read_record
 from ldm.training.state import TrainState
 from ldm.training.tasks import Task, TaskConfig
 
@@ -54,6 +55,7 @@ TASKS: dict[str, tuple[type[Any], type[Any]]] = {
 }
 
 FREE = (
+    "out",
     "samples",
     "log_steps",
     "validate_steps",
@@ -87,6 +89,8 @@ class RunConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         known("precision", self.precision, ("no", "bf16", "fp16"))
+        if not self.out:
+            raise ValueError("out= must name the folder of the run")
         known("attention back-end", self.attention, BACKENDS)
         for name in self.trackers:
             known("tracker", name, [str(t) for t in LoggerType if t is not LoggerType.ALL])
@@ -138,7 +142,9 @@ def run(config: RunConfig) -> TrainState:
             raise ValueError("an adversary does not train with precision=fp16, whose scaler is one for both; use bf16")
 
     with own_folder(out, config, main=accelerator.is_main_process):
-        if config.init and not (out / "checkpoints").is_dir():
+        facts: dict[str, Any] = {"sources": sources(task, data)}
+        _refuse_other_sources(out, facts["sources"])
+        if config.init and not steps(out / "checkpoints"):
             start_from(task, config.init)
         summary = summarise(task, data, config, config.data)  # on every process: its losses gather
         if accelerator.is_main_process:
@@ -150,7 +156,7 @@ def run(config: RunConfig) -> TrainState:
         device = accelerator.device
         peak = peak_flops(device, config.precision, tf32=config.speed.tf32)
         meter = Meter(device, config.batch_size, summary.flop_per_sample, peak)
-        facts = {"summary": asdict(summary), "environment": environment(device, world)}
+        facts |= {"summary": asdict(summary), "environment": environment(device, world)}
         with reported(out, facts, main=accelerator.is_main_process) as record:
             state = train(task, batches, inspection(config, data), config, out, accelerator, meter)
             record["state"] = "stopped" if state.stopped else "finished"
@@ -259,7 +265,7 @@ def _held(lock: IO[str]) -> bool:
 
 
 def _refuse_other_settings(out: Path, config: RunConfig) -> None:
-    if not (out / "checkpoints").is_dir():
+    if not steps(out / "checkpoints"):
         return
     before = flat(plain(load_config(RunConfig, [out / "config.yaml"], [])))
     now = flat(plain(config))
@@ -267,6 +273,22 @@ def _refuse_other_settings(out: Path, config: RunConfig) -> None:
     if changed:
         listed = ", ".join(f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in changed[:3])
         raise ValueError(f"{out} holds a run with other settings ({listed}); give another out=")
+
+
+def sources(task: Task, data: list[ShardReader]) -> dict[str, str]:
+    """What a run stands on and does not change: fingerprints of its data, hashes of its frozen models."""
+    own = {id(m) for name in task.trained for m in getattr(task, name).modules()}
+    frozen = {name: module for name, module in task.components().items() if id(module) not in own}
+    found = {reader.path: reader.fingerprint for reader in data}
+    return found | {f"the frozen {name}": weights_sha256(module) for name, module in frozen.items()}
+
+
+def _refuse_other_sources(out: Path, now: dict[str, str]) -> None:
+    before = read_record(out).get("sources", {})
+    if steps(out / "checkpoints"):
+        for name, value in now.items():
+            if before.get(name, value) != value:
+                raise ValueError(f"{name} is not what it was when the run in {out} began; give another out=")
 
 
 def describe(config: RunConfig, tflops: float = 0.0) -> str:

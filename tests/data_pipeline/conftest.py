@@ -44,9 +44,9 @@ def dataset(shard_folder: Path) -> ShardReader:
     return ShardReader(shard_folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
-    """An S3 bucket served on a port of this machine, for as long as the module runs."""
+    """An S3 bucket served on a port of this machine; one server, for fsspec keeps its connections."""
     from moto.server import ThreadedMotoServer  # here, for it takes seconds to import
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

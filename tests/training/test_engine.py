@@ -67,6 +67,7 @@ def test_only_matrices_decay() -> None:
         (["data.size=17"], "picture size 17 must be a multiple of the latent factor 2"),
         (["data.path=nowhere"], "nowhere"),
         (["init=nowhere"], "no model at 'nowhere'"),
+        (["out="], "out= must name the folder"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(

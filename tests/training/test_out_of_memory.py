@@ -196,7 +196,7 @@ def test_all_processes_halve_together(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_that_runs_out_later_names_the_process(tmp_path: Path) -> None:
-    ended = launch(tmp_path / "out", "late memory", "timeout_seconds=5")
+    ended = launch(tmp_path / "out", "late memory", "timeout_seconds=60")
     assert ended.statuses == [1, 1]
     assert "is out of memory at step 3; start again with accumulate=2 (planted)" in ended.said[1]
     assert "left by rank 1" in ended.said[0]
