@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.training.sharding import local, scattered
+
 
 class EMA:
     """Averages of the parameters of `module`, by name, in float32 beside them.
@@ -40,9 +42,9 @@ class EMA:
 
         skipped: a bool on the device; where it is true nothing moves.
         """
-        live = [p.detach().float() for p in self.parameters.values()]
+        live = [local(p).float() for p in self.parameters.values()]
         for prefix, profile in self.profiles.items():
-            averages, way = list(self.under(prefix).values()), 1 - profile(updates)
+            averages, way = [local(a) for a in self.under(prefix).values()], 1 - profile(updates)
             if skipped is None:
                 torch._foreach_lerp_(averages, live, way)
             else:
@@ -55,7 +57,7 @@ class EMA:
     def load(self, average: dict[str, Tensor]) -> None:
         """Take up averages that were saved."""
         for name, value in self.average.items():
-            value.copy_(average[name])
+            value.copy_(scattered(average[name], value))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from data_pipeline.batch import Batch
 from ldm.images import grid, save_png
@@ -29,9 +31,10 @@ from ldm.training.posthoc import save_snapshot
 from ldm.training.ranks import Ranks
 from ldm.training.report import Reporter
 from ldm.training.runs import flat
+from ldm.training.sharding import by_blocks, check, full
 from ldm.training.state import TrainState
 from ldm.training.stopping import StopSignal
-from ldm.training.tasks import Metrics, Task
+from ldm.training.tasks import Metrics, Task, bare
 from ldm.training.trackers import start_trackers, stop_trackers, track, track_picture
 from ldm.training.watch import Watch
 
@@ -113,7 +116,9 @@ def train(
     def save(*, last: bool) -> None:
         look()
         state.mark("saving")
-        if problem := saves.save(state, last=last):
+        with state.whole():
+            problem = saves.save(state, last=last)
+        if problem:
             _write(metrics, state, "failed save", {"reason": problem})
 
     with stop, sdpa_order(config.speed.sdpa_order), Watch(state, out, config.timeout_seconds):
@@ -152,12 +157,13 @@ def train(
                 reporter.update()
             if every(config.preview_steps):
                 state.mark("drawing previews")
-                if main:
+                if main or accelerator.is_fsdp2:  # which needs all
                     _attempt("preview", lambda: preview(state, inspection.preview, out))
             if every(config.snapshot_steps):
                 state.mark("saving a snapshot")
-                if main:
-                    _attempt("snapshot", lambda: save_snapshot(state.emas, out, state.step))
+                with state.whole():
+                    if main:
+                        _attempt("snapshot", lambda: save_snapshot(state.emas, out, state.step))
             if every(config.save_steps):
                 save(last=state.step == total_steps)
                 reporter.update()
@@ -172,20 +178,42 @@ def train(
 
 
 def prepare(task: Task, config: TrainConfig, accelerator: Accelerator) -> TrainState:
-    """Move the task to its device, wrap what is trained, and give each part its optimizer and average."""
+    """Move the task to its device, wrap or shard what is trained, and give each part its optimizer and average."""
     check_device(config.speed, config.precision, accelerator.device)
+    _share_out(task, config, accelerator)
     check_groups({name: getattr(task, name) for name in task.trained}, config.optimizer)
     task.to(accelerator.device)
     speed_up(task, config.speed, accelerator.device)
     optimizers, emas = {}, {}
     for name in task.trained:
         module = getattr(task, name).train()
-        emas[name] = EMA(module, config.ema, config.ema_decays, config.snapshot_sigmas if config.snapshot_steps else ())
         optimizer = build_optimizer(module, config.optimizer, name)
+        if accelerator.is_fsdp2:
+            module = accelerator.prepare_model(by_blocks(module), evaluation_mode=True)  # precision by autocast
         module, optimizers[name] = accelerator.prepare(module, optimizer)
         setattr(task, name, module)
+        sigmas = config.snapshot_sigmas if config.snapshot_steps else ()
+        emas[name] = EMA(bare(module), config.ema, config.ema_decays, sigmas)
     ranks = Ranks(2 * config.timeout_seconds)  # the watch, which says more, comes first
     return TrainState(task, optimizers, emas, accelerator, ranks=ranks, accumulate=config.accumulate)
+
+
+def _share_out(task: Task, config: TrainConfig, accelerator: Accelerator) -> None:
+    """Raise ValueError for what accelerate's config asks and cannot be done; else see that FSDP2 is had where asked."""
+    asked = {name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"}
+    if "DEEPSPEED" in asked:
+        raise ValueError(
+            "DeepSpeed is not supported: use FSDP2, scripts/accelerate/fsdp2.yaml, which shares out what ZeRO does "
+            "(fsdp_reshard_after_forward: false is its stage 2, true its stage 3)"
+        )
+    state = accelerator.state
+    if "FSDP" in asked and state.distributed_type == DistributedType.MULTI_CPU:  # where accelerate leaves it out
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if state.distributed_type == DistributedType.FSDP:
+        check(task, config.optimizer.kind, config.precision, config.speed, state.fsdp_plugin)
+        # By autocast as everywhere: accelerate's policy would round what goes in, timesteps too, to 16 bits.
+        state.fsdp_plugin.mixed_precision_policy = None
 
 
 def update(state: TrainState, batch: Batch, config: TrainConfig, means: Means) -> Outcome:
@@ -203,7 +231,7 @@ def update(state: TrainState, batch: Batch, config: TrainConfig, means: Means) -
     finite, measured = gradients(state, batch, config.seed, undo)
     for metrics, samples in measured:
         means.add(metrics, samples)
-    norms = gradient_norms(state, config.optimizer.clip)
+    norms = {name: full(norm) for name, norm in gradient_norms(state, config.optimizer.clip).items()}
     skipped = ~torch.stack(list(norms.values())).isfinite().all()
     with torch.no_grad():
         for buffer, value in before:
@@ -229,7 +257,7 @@ def preview(state: TrainState, batch: Batch, out: Path) -> None:
     """Write `previews/step-N.png` with the averaged weights, if the task draws any."""
     with state.averaged(), _evaluating(state.task):
         images = state.task.preview(batch.to(state.accelerator.device))
-    if images is not None:
+    if images is not None and state.accelerator.is_main_process:
         columns = 8 if len(images) > 4 else len(images)
         path = out / "previews" / f"step-{state.step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -50,8 +50,11 @@ def gradients(state: TrainState, batch: Batch, seed: int, undo: Callable[[], Non
 
 
 def tried(state: TrainState) -> bool:
-    """Whether batches of a new shape are tried: where torch can say that memory is out, instead of being killed."""
-    return state.accelerator.device.type == "cuda"
+    """Whether batches of a new shape are tried: where torch can say that memory is out, instead of being killed.
+
+    Not with shards, which all processes gather together, so that none can be alone.
+    """
+    return state.accelerator.device.type == "cuda" and not state.accelerator.is_fsdp2
 
 
 def _accumulated(state: TrainState, batch: Batch, seed: int) -> tuple[Tensor, Measured]:

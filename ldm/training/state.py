@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ldm.checkpoints.load import save_model
 from ldm.checkpoints.model import load_tensors
 from ldm.training.ema import EMA
 from ldm.training.ranks import Ranks
+from ldm.training.sharding import scattered, scattered_state, unsharded, whole
 from ldm.training.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ class TrainState:
     def save(self, out: Path, name: str, keep: int) -> Path:
         """Commit `out/checkpoints/step-N`: the model with averaged weights, and what a resume needs.
 
-        Raises RuntimeError, and writes nothing, if a weight, an average or what is remembered is not finite. Keeps the
-        newest `keep`.
+        By the main process alone, within `whole`. Raises RuntimeError, and writes nothing, if a weight, an average or
+        what is remembered is not finite. Keeps the newest `keep`.
         """
         folder = out / "checkpoints" / f"step-{self.step:08d}"
         own, remembered = self._own_weights(), self._remembered()
@@ -113,10 +114,11 @@ class TrainState:
         for key in self.task.trained:
             prefix = f"{key}."
             mine = {k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)}
-            load_tensors(self._module(key), mine, source)
+            shards = self._module(key).state_dict()
+            load_tensors(self._module(key), {k: scattered(v, shards.get(k)) for k, v in mine.items()}, source)
         for key, optimizer in self.optimizers.items():
             tensors, groups = read_tensors(folder / "train" / f"optimizer-{key}.safetensors")
-            optimizer.load_state_dict(_unflatten(tensors, groups))
+            optimizer.load_state_dict(_unflatten(scattered_state(tensors, optimizer), groups))
         averages, _ = read_tensors(folder / "train" / "averages.safetensors")
         for key, ema in self.emas.items():
             ema.load({n: averages[f"{key}.{n}"] for n in ema.average})
@@ -142,11 +144,25 @@ class TrainState:
         return found
 
     def averaged(self) -> ExitStack:
-        """Within the block every trained submodule carries its averaged weights."""
+        """Within the block every trained submodule carries its averaged weights; all its methods work.
+
+        Where it is sharded, all processes must enter, and then call the same.
+        """
         stack = ExitStack()
-        for ema in self.emas.values():
+        for key, ema in self.emas.items():
             stack.enter_context(ema.applied())
+            stack.enter_context(unsharded(self._module(key)))
         return stack
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within the block the main process has all that is sharded as it would without: to be saved, not called.
+
+        Every process must enter.
+        """
+        modules = [self._module(key) for key in self.task.trained]
+        tables: list[dict[str, Any]] = [table for ema in self.emas.values() for table in (ema.parameters, ema.average)]
+        tables += [kept for optimizer in self.optimizers.values() for kept in optimizer.state.values()]
+        return whole(modules, tables, keep=self.accelerator.is_main_process)
 
     def _module(self, key: str) -> nn.Module:
         return self.accelerator.unwrap_model(getattr(self.task, key))

@@ -60,7 +60,7 @@ class Task(nn.Module):
 
 
 def bare(module: nn.Module) -> Any:
-    """The module inside a DDP wrapper, or itself: for its own methods and its config."""
+    """The module inside a DDP wrapper, or itself, also where it is sharded: for its own methods and its config."""
     return getattr(module, "module", module)
 
 
