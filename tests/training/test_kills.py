@@ -35,6 +35,7 @@ def killed(how: str, stage: str, work: Path, shards: Path, models: dict[str, Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("count", [3, pytest.param(167, marks=pytest.mark.long)])
 def test_killed_at_random(stage: str, count: int, shards: Path, models: dict[str, Path], tmp_path: Path) -> None:
@@ -52,6 +53,7 @@ def test_killed_at_some_operations(shards: Path, models: dict[str, Path], tmp_pa
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_every_operation(stage: str, shards: Path, models: dict[str, Path], tmp_path: Path) -> None:
     found = killed("every", stage, tmp_path, shards, models, count=1)
