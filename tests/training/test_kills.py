@@ -43,7 +43,7 @@ def test_killed_at_random(stage: str, count: int, shards: Path, models: dict[str
     found = killed("random", stage, tmp_path, shards, models, count)
     assert found["wrong"] == [] and found["kills"] == count and found["runs"] >= 1
     assert found["struck"] > 0
-    assert count < 100 or found["saved"] > 10
+    assert count < 100 or found["saved"] > 0
 
 
 @pytest.mark.slow
