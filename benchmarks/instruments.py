@@ -21,6 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "TORCH", "PYTORCH_", "CUDA_", "NVIDIA_TF32", "LD_PRELOAD", "MALLOC_")
 """Beginnings of the environment variables that can change a speed."""
+PLACES = ("_DIR", "_PATH", "_ROOT", "_HOME")
+"""Ends of those that only say where files are, on a machine of its own."""
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "triton", "numpy")
 RSS_INTERVAL_S = 0.002
 MB = 1e6
@@ -161,7 +163,9 @@ def machine() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "commit": _commit(),
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
+        "environment": {
+            k: os.environ[k] for k in sorted(os.environ) if k.startswith(VARIABLES) and not k.endswith(PLACES)
+        },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -310,11 +310,11 @@ def cached_batch(bench: Bench, ours: Ours) -> Batch:
 def steps_of(bench: Bench, compiled: bool) -> dict[str, Subject]:
     """The script as it is, with its best flags and with a cache that it has not; ours with settings of `speed`."""
     cuda = bench.device.type == "cuda"
-    fast = SpeedConfig(channels_last=True, fast_cpu=not cuda)
-    kinds = {"ours": SpeedConfig(), "ours, channels_last" if cuda else "ours, fast_cpu + channels_last": fast}
+    fast = SpeedConfig(channels_last=True)
+    kinds = {"ours": SpeedConfig(), "ours, channels_last": fast}
     if compiled:
         mode = "max-autotune-no-cudagraphs" if cuda else "default"
-        kinds["ours, channels_last + compile"] = replace(fast, compile=mode, fast_cpu=False)
+        kinds["ours, channels_last + compile"] = replace(fast, compile=mode)
     subjects = {}
     best = {"foreach": True, "channels_last": True}
     for name, options in (

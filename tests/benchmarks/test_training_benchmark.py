@@ -56,7 +56,7 @@ def run(subjects: dict[str, Subject]):
 
 def test_ours_is_the_same_step(bench: Bench, theirs: Subject) -> None:
     ours = Ours(bench)
-    fast = Ours(bench, SpeedConfig(channels_last=True, fast_cpu=True))
+    fast = Ours(bench, SpeedConfig(channels_last=True))
     again = Theirs(bench, foreach=True, channels_last=True, cached=True)
     result = run(
         {

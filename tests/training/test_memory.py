@@ -162,7 +162,7 @@ def test_onednns_linear_layer_is_torchs(shape: tuple[int, ...], bias: bool) -> N
 
 
 def test_a_run_by_onednn_resumes_exactly(shards: Path, models: dict[str, Path], tmp_path: Path) -> None:
-    words = ["speed.fast_cpu=true", *frozen(models["autoencoder"].parent)]
+    words = frozen(models["autoencoder"].parent)
     state = run(tiny_config("denoising", tmp_path / "whole", shards, "save_steps=100", *words))
     assert type(state.task.denoiser.time[0]) is TrainedOneDNNLinear
     train_in_two_parts("denoising", tmp_path / "parts", shards, *words)
@@ -224,8 +224,6 @@ def test_devices_are_asked_what_they_can(monkeypatch: pytest.MonkeyPatch) -> Non
         check_device(SpeedConfig(), "bf16", gpu)
     with pytest.raises(ValueError, match="tf32 needs"):
         check_device(SpeedConfig(tf32=True), "no", gpu)
-    with pytest.raises(ValueError, match="fast_cpu is for CPUs"):
-        check_device(SpeedConfig(fast_cpu=True), "no", gpu)
 
 
 def test_the_order_of_attention_kernels_is_set_and_said(caplog: pytest.LogCaptureFixture) -> None:
