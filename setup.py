@@ -12,6 +12,7 @@ setup(
         "open_clip_torch>=3.3",
         "transformers>=5.6",
         "accelerate>=1.10",
+        "peft>=0.18",
         "omegaconf>=2.3",
         "webdataset>=1.0",
         "safetensors>=0.6",
@@ -24,7 +25,7 @@ setup(
     ],
     extras_require={
         "gpu": ["xformers", "bitsandbytes"],
-        "data": ["fonttools>=4.50", "pyarrow>=15", "aiohttp>=3.14", "faiss-cpu>=1.8"],
+        "data": ["fonttools>=4.50", "pyarrow>=15", "aiohttp>=3.14", "faiss-cpu>=1.8", "scikit-image>=0.25"],
         "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],
         "ray": ["ray>=2.40"],
         "track": ["tensorboard>=2.18", "wandb>=0.19"],

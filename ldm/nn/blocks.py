@@ -83,8 +83,8 @@ class PixelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (
-            f(h).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)  # [B, heads, H W, C / heads]
+        q, k, v = (  # contiguous: what runs by blocks, without all H W x H W scores at once, takes nothing else
+            f(h).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3).contiguous()  # [B, heads, H W, C / heads]
             for f in (self.to_q, self.to_k, self.to_v)
         )
         out = attention(q, k, v).transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])  # [B, C, H, W]
