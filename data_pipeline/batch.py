@@ -24,6 +24,8 @@ class Batch:
     `image` is [B, 3, 0, 0].
     text: what a text encoder made of the captions, by its name in the conditioning: context [B, L, D], mask [B, L],
     pooled [B, P]; of an empty caption it is all zeros. Empty unless it was stored before.
+    condition [B, 3, H, W] float32 in [0, 1]: the paired picture, cut and mirrored as the picture is; None: none.
+    mask [B, 1, H, W] float32 in [0, 1]: how much each pixel counts in the loss, cut likewise; None: all 1.
     """
 
     image: Tensor
@@ -34,6 +36,8 @@ class Batch:
     sizes: Tensor | None = None
     moments: Tensor | None = None
     text: dict[str, Tensor] = field(default_factory=dict)
+    condition: Tensor | None = None
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -55,10 +59,13 @@ class Batch:
 
     @staticmethod
     def cat(parts: "list[Batch]") -> "Batch":
-        """Join batches of one size that hold the same things."""
+        """Join batches of one size that hold the same things. Raises ValueError naming what only some hold."""
 
-        def join(values: list[Any]) -> Any:
+        def join(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
             first = values[0]
+            if len({value is None for value in values}) > 1:
+                raise ValueError(f"cannot join batches of which only some have {name}")
             if first is None:
                 return None
             if isinstance(first, Tensor):
@@ -67,7 +74,7 @@ class Batch:
                 return {name: torch.cat([value[name] for value in values]) for name in first}
             return [row for rows in values for row in rows]
 
-        return Batch(**{f.name: join([getattr(part, f.name) for part in parts]) for f in fields(Batch)})
+        return Batch(**{f.name: join(f.name) for f in fields(Batch)})
 
     def _rows(self, rows: slice) -> "Batch":
         tensors = self._map(lambda tensor: tensor[rows])

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from PIL import Image
 
 from data_pipeline import executors, shards, storage
 from data_pipeline.assembly import Progress, assemble
+from data_pipeline.buckets import Shape
 from data_pipeline.captions import clean_captions, clean_weights
 from data_pipeline.duplicates import perceptual_hash
 from data_pipeline.filters import FilterConfig, Similarity, check
@@ -19,7 +21,7 @@ from data_pipeline.images import encode_image
 from data_pipeline.ledger import Ledger, newest_names, removed_row, shard_name, write_ledger
 from data_pipeline.remove import read_removals
 from data_pipeline.report import Report
-from data_pipeline.resize import resize_crop
+from data_pipeline.resize import centre_square, resize, resize_crop, resize_mask
 from data_pipeline.sources import Rejected, Sample, Source
 from data_pipeline.storage import StrPath, join
 
@@ -33,7 +35,8 @@ _LONGEST_TEXT = 8192  # characters of a name or detail in a ledger
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """size: pictures become size x size pixels; None keeps them.
+    """size: pictures become size x size pixels; None keeps them, but for those of more than max_area pixels: they are
+    made smaller.
 
     workers: processes, or CPUs of a local Ray; executor: serial, processes, ray, or None: processes if workers > 0.
     image_format: png (lossless), jpg or webp; quality (1-100) counts for jpg and webp.
@@ -46,10 +49,13 @@ class BuildConfig:
     quality: int = 95
     executor: str | None = None
     filters: FilterConfig = field(default_factory=FilterConfig)
+    max_area: int | None = None
 
     def __post_init__(self) -> None:
         if self.size is not None and not 1 <= self.size <= 8192:
             raise ValueError(f"size={self.size}: allowed are 1 to 8192 pixels, or none to keep the original size")
+        if self.max_area is not None and (self.size is not None or self.max_area < 1):
+            raise ValueError(f"max_area={self.max_area}: allowed are 1 and more, for pictures that keep their shape")
         if self.workers < 0:
             raise ValueError(f"workers={self.workers}: allowed are 0 (work in this process) and more")
         if self.samples_per_shard < 1:
@@ -60,6 +66,13 @@ class BuildConfig:
             raise ValueError(f"quality={self.quality}: allowed are 1 to 100")
         if self.executor not in (None, *executors.EXECUTORS):
             raise ValueError(f"executor={self.executor!r}: allowed are {', '.join(executors.EXECUTORS)}")
+
+    def stored_size(self, size: Shape) -> Shape:
+        """(width, height) at which a picture of this size is stored."""
+        if self.size is not None:
+            return self.size, self.size
+        scale = math.sqrt((self.max_area or math.inf) / (size[0] * size[1]))
+        return size if scale >= 1 else (max(1, int(scale * size[0])), max(1, int(scale * size[1])))
 
 
 def build(
@@ -137,6 +150,7 @@ class ShardJob:
                     continue
                 check(sample, self.settings.filters, self.similarity)
                 self._check_side(sample.image)
+                check_shapes(sample)
             except Rejected as error:
                 entry = {
                     "row": row,
@@ -171,16 +185,18 @@ class ShardJob:
 
     def _check_side(self, image: Image.Image) -> None:
         """Raises Rejected for a picture that is kept at its size and longer than its format can hold."""
-        longest, limit = max(image.size), _LONGEST_PX.get(self.settings.image_format)
+        longest = max(self.settings.stored_size(image.size))
+        limit = _LONGEST_PX.get(self.settings.image_format)
         if self.settings.size is None and limit and longest > limit:
             raise Rejected("too long for its format", f"{longest} px, {self.settings.image_format} holds {limit}")
 
     def _entry(self, row: int, sample: Sample) -> shards.Entry:
         settings = self.settings
-        image = sample.image if settings.size is None else resize_crop(sample.image, settings.size)
+        image = self._resized(sample.image, settings.stored_size(sample.image.size))
         encoded = encode_image(image, settings.image_format, settings.quality)
         members = {
             settings.image_format: encoded,
+            **self._beside(sample, image.size),
             "txt": sample.captions[0].encode(),
             "json": shards.to_json({"captions": sample.captions, **sample.meta}),
         }
@@ -199,6 +215,29 @@ class ShardJob:
         if (name := self._name(row, sample.key)) != sample.key:
             about["name"] = name
         return shards.Entry(sample.key, members, about)
+
+    def _beside(self, sample: Sample, size: Shape) -> dict[str, bytes]:
+        """The paired picture and the mask of a sample, cut and sized as its picture is."""
+        members = {}
+        if sample.condition is not None:
+            members[shards.CONDITION] = encode_image(self._resized(sample.condition, size), "png", 100)
+        if sample.mask is not None:
+            box = None if self.settings.size is None else centre_square(sample.mask.size)
+            members[shards.MASK] = encode_image(resize_mask(sample.mask, size, box), "png", 100)
+        return members
+
+    def _resized(self, image: Image.Image, size: Shape) -> Image.Image:
+        if self.settings.size is not None:
+            return resize_crop(image, self.settings.size)
+        return image if image.size == size else resize(image, size)
+
+
+def check_shapes(sample: Sample) -> None:
+    """Raises Rejected when the paired picture or the mask is not the picture at some scale, rounded to whole pixels."""
+    width, height = sample.image.size
+    for kind, beside in (("condition", sample.condition), ("mask", sample.mask)):
+        if beside is not None and abs(beside.width * height - beside.height * width) > max(width, height):
+            raise Rejected(f"{kind} of another shape", f"{beside.width} x {beside.height} for {width} x {height}")
 
 
 def _text(text: str) -> str:

@@ -16,6 +16,8 @@ class DataConfig:
     buckets: pictures keep their shapes, near enough: about size^2 px, sides multiples of bucket_step.
     crops, flip: see Framing. caption and what follows: see CaptionConfig (caption is its choice).
     cache: what `ldm data encode` made, one for each folder. workers: processes that decode.
+    condition: the paired picture of each sample: "" none, "stored" the one in the shards, "edges" or "segments" made of
+    the cut picture (conditions.py). mask: "stored": the shards' weights of pixels in the loss; "": all count alike.
     window: mix samples among so many shards at a time, 0: all. Copies of shards from far away go to `copies` (else a
     folder for temporary files) and take copies_mb at most, which must be enough for two windows.
     """
@@ -38,6 +40,8 @@ class DataConfig:
     separator: str = ","
     templates: tuple[str, ...] = ()
     cache: Any = ""  # a str, or a list of them
+    condition: str = ""
+    mask: str = ""
     window: int = 0
     copies: str = ""
     copies_mb: int = 20_000

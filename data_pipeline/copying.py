@@ -56,11 +56,9 @@ def merge(folders: list[StrPath], out: StrPath, *, rename: bool = False, progres
     ValueError when folders differ in size or format, share a key (without rename), or a new key is too long.
     """
     infos = [read_index(folder) for folder in folders]
-    kinds = {(info.size, info.image_format) for info in infos}
-    if len(folders) < 2 or len(kinds) > 1:
-        held = "; ".join(
-            f"{f}: {i.size or 'original size'} {i.image_format}" for f, i in zip(folders, infos, strict=True)
-        )
+    kinds = [(i.size or "original size", *_members(f, i)) for f, i in zip(folders, infos, strict=True)]
+    if len(folders) < 2 or len(set(kinds)) > 1:
+        held = "; ".join(f"{f}: {' '.join(map(str, kind))}" for f, kind in zip(folders, kinds, strict=True))
         raise ValueError(f"merging takes 2 folders or more of one size and one image format ({held})")
 
     def rows() -> Iterator[Row]:
@@ -118,6 +116,12 @@ def split(
         settings = {"folder": str(folder), "share": share, "count": count, "seed": seed, "held_out": held_out}
         made.append(_repack(part(held_out), [info], out, {"kind": "split", "settings": settings}, progress))
     return made[0], made[1]
+
+
+def _members(folder: StrPath, info: Info) -> list[str]:
+    """What a folder holds of each sample beside its captions: the picture, and maybe a condition and a mask."""
+    first = next(row for tar, row in stored_rows(folder, info) if tar)
+    return [member for member in shards.members_in_order(first) if member not in ("txt", "json")]
 
 
 def stored_rows(folder: StrPath, info: Info) -> Iterator[Row]:

@@ -72,8 +72,25 @@ def read_image(source: bytes | Path, max_pixels: int = MAX_PIXELS, background: C
         raise Rejected("file too large", f"{len(data)} bytes, at most {MAX_BYTES}")
     file = examine(data)
     notes: list[str] = []
-    image, exif = _decode(file, max_pixels, background, notes)
+
+    def colours(opened: Image.Image) -> Image.Image:
+        return to_rgb(opened, background, _to_srgb(opened.info.get("icc_profile", b""), opened.mode, notes))
+
+    image, exif = _decode(file, max_pixels, colours)
     return Decoded(_upright(image, exif, notes), hashlib.sha256(data).hexdigest(), file.format, tuple(notes))
+
+
+def read_opacity(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The opacity of a picture's first frame, upright, mode L: 255 where nothing shows through. Raises Rejected."""
+
+    def opacity(opened: Image.Image) -> Image.Image:
+        whole = Image.new("L", opened.size, 255)
+        for box in _strips(*opened.size):
+            if (alpha := _colour_and_alpha(opened.crop(box))[1]) is not None:
+                whole.paste(alpha, box)
+        return whole
+
+    return _upright(*_decode(examine(data), max_pixels, opacity), [])
 
 
 def _read(path: Path) -> bytes:
@@ -84,13 +101,12 @@ def _read(path: Path) -> bytes:
         raise Rejected("unreadable image", error.strerror or str(error)) from error
 
 
-def _decode(file: PictureFile, max_pixels: int, background: Colour, notes: list[str]) -> tuple[Image.Image, bytes]:
-    """-> (RGB as stored, EXIF block); when it returns, the decoder and its memory are gone. Raises Rejected."""
+def _decode(file: PictureFile, max_pixels: int, take: Transform) -> tuple[Image.Image, bytes]:
+    """-> (what `take` makes of the loaded picture, EXIF block); then the decoder and its memory are gone. Rejected."""
     with _open(file, max_pixels) as opened:
         try:
             opened.load()
-            transform = _to_srgb(opened.info.get("icc_profile", b""), opened.mode, notes)
-            return to_rgb(opened, background, transform), file.exif or opened.info.get("exif", b"")
+            return take(opened), file.exif or opened.info.get("exif", b"")
         except (Rejected, MemoryError):  # the second says something of the machine, not of the picture
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...

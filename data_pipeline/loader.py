@@ -59,7 +59,7 @@ class Loader:
             named, samples = ", ".join(r.path for r in self._samples.readers), int(self.order.samples)
             raise ValueError(
                 f"{named} has {samples} samples, fewer than one batch of {batch_size}; "
-                f"set batch_size to {samples} or less, or add samples"
+                f"set batch_size to {samples} or less, or add samples, or repeat them with data.repeats"
             )
         next(self.order.batch(start, self.part))  # refuses a start between batches
 
@@ -101,7 +101,8 @@ def fixed_batch(data: ShardReader | Sequence[ShardReader], config: DataConfig, c
     if not 1 <= count <= total:
         named = ", ".join(reader.path for reader in readers)
         raise ValueError(f"count={count}: {named} has {total} samples")
-    samples = Samples(readers, DataConfig(config.path, config.size), seed=0)
+    plain = DataConfig(config.path, config.size, condition=config.condition, mask=config.mask)
+    samples = Samples(readers, plain, seed=0)
     size = samples.size
     places = ((d, i) for d, reader in enumerate(readers) for i in range(len(reader)))
     chosen = [(position, d, i, (size, size)) for position, (d, i) in zip(range(count), places, strict=False)]

@@ -27,10 +27,20 @@ def resize_crop(image: Image.Image, size: int) -> Image.Image:
     """
     if size < 1:
         raise ValueError(f"size={size}: a picture needs at least 1 pixel a side")
-    width, height = image.size
-    if (width, height) == (size, size):
+    if image.size == (size, size):
         return image
+    return resize(image, (size, size), centre_square(image.size))
+
+
+def resize_mask(mask: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:
+    """The part `box` of a gray picture at `size`: each pixel the mean of those whose centres its area holds."""
+    return mask.resize(size, Image.Resampling.BOX, box)
+
+
+def centre_square(size: tuple[int, int]) -> Box:
+    """The largest centred square of a picture of this size."""
+    width, height = size
     side = min(width, height)
     # Whole pixels: a half-pixel offset would blur a picture that only needs cropping.
     left, top = (width - side) // 2, (height - side) // 2
-    return resize(image, (size, size), (left, top, left + side, top + side))
+    return left, top, left + side, top + side

@@ -11,19 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from data_pipeline.batch import Batch, sample_rng
 from data_pipeline.buckets import Shape, assign, bucket_shapes
 from data_pipeline.captions import choose_caption
+from data_pipeline.conditions import KINDS, maker
 from data_pipeline.config import DataConfig
 from data_pipeline.filecache import FileCache
 from data_pipeline.mixing import Bucket, Place, Stream
 from data_pipeline.precompute import Cache
 from data_pipeline.reader import ShardReader
+from data_pipeline.shards import CONDITION, MASK
 from data_pipeline.storage import is_remote
-from data_pipeline.transforms import cut, decode, to_tensor, told_sizes
+from data_pipeline.transforms import Frame, cut, cut_mask, decode, decode_mask, to_tensor, to_unit, told_sizes
 
+STORED = "stored"
 _MB = 10**6
 
 
@@ -42,6 +46,8 @@ class Samples(Dataset[Batch]):
         self.config = config
         self.seed = seed
         self.framing, self.captions = config.framing, config.captions
+        self._make = maker(config.condition) if config.condition in KINDS else None
+        self._check_members()
         self._cached = [open_folder(path, config) for path in config.caches]
         self.caches = self._open_caches()
 
@@ -51,18 +57,22 @@ class Samples(Dataset[Batch]):
         rng = sample_rng(self.seed, position, "transform")
         cache = self.caches[dataset] if self.caches else None
         extension = reader.info.image_format
-        members = reader.read(index, ("json",) if cache else (extension, "json"))
+        pictured = cache is None or self._make is not None
+        members = reader.read(index, (extension, *self._beside, "json") if pictured else (*self._beside, "json"))
         meta = json.loads(members["json"])
         key, (stored, original) = reader.key(index), reader.sizes(index)
         frame = self.framing.draw(stored, target, rng)
         caption = choose_caption(meta["captions"], meta.get("weights"), self.captions, rng)
+        image = to_tensor(cut(decode(members[extension]), frame, target)) if pictured else torch.empty(3, 0, 0)
         batch = Batch(
-            image=torch.empty(1, 3, 0, 0) if cache else to_tensor(cut(decode(members[extension]), frame, target))[None],
+            image=torch.empty(1, 3, 0, 0) if cache else image[None],
             captions=[caption],
             positions=torch.tensor([position]),
             keys=[key],
             weights=torch.tensor([_weight(meta, key)], dtype=torch.float32),
             sizes=torch.tensor([told_sizes(frame, stored, original, target)]),
+            condition=self._make(image)[None] if self._make else _stored(members, CONDITION, frame, target),
+            mask=_stored(members, MASK, frame, target),
         )
         if cache is None:
             return batch
@@ -85,6 +95,27 @@ class Samples(Dataset[Batch]):
                 stream = Stream(dataset, samples, often * len(samples), config.window, shards)
                 streams.setdefault(shapes[i], []).append(stream)
         return [Bucket(shape, streams[shape]) for shape in shapes if shape in streams]
+
+    @property
+    def _beside(self) -> tuple[str, ...]:
+        """The members that are read beside the picture and its captions."""
+        stored = ((self.config.condition, CONDITION), (self.config.mask, MASK))
+        return tuple(member for chosen, member in stored if chosen == STORED)
+
+    def _check_members(self) -> None:
+        """That every folder has the paired pictures and masks that are asked for."""
+        config = self.config
+        if config.condition not in ("", STORED, *KINDS):
+            raise ValueError(
+                f"data.condition={config.condition!r}: allowed are {', '.join((STORED, *KINDS))} or nothing"
+            )
+        if config.mask not in ("", STORED):
+            raise ValueError(f"data.mask={config.mask!r}: allowed is {STORED} or nothing")
+        for reader in self.readers:
+            for member in self._beside:
+                if member not in reader.extensions(0):
+                    kind = member.partition(".")[0]
+                    raise ValueError(f"{reader.path} holds no {kind}s: build it again with them, or set data.{kind}=")
 
     def _often(self) -> list[Fraction]:
         """How often the samples of each folder come in an epoch."""
@@ -158,6 +189,15 @@ def framing_of(size: int, config: DataConfig) -> dict[str, Any]:
     """What of the config decides the frames of a picture, as a cache's key says it."""
     buckets = {"bucket_step": config.bucket_step, "max_aspect": config.max_aspect} if config.buckets else {}
     return {"size": size, "bucket_step": 0, "max_aspect": 0.0, "crops": config.crops, "flip": config.flip, **buckets}
+
+
+def _stored(members: dict[str, bytes], member: str, frame: Frame, target: Shape) -> Tensor | None:
+    """The paired picture [1, 3, H, W] or mask [1, 1, H, W] of a sample, in [0, 1]; None where none was asked for."""
+    if member not in members:
+        return None
+    if member == MASK:
+        return to_unit(cut_mask(decode_mask(members[member]), frame, target))[None]
+    return to_unit(cut(decode(members[member]), frame, target))[None]
 
 
 def _weight(meta: dict[str, Any], key: str) -> float:

@@ -1,7 +1,8 @@
 """Shards: WebDataset tar files beside an index with hashes, written atomically and read through the index.
 
     DIR/index.json       written last: what the folder holds (Info)
-    DIR/00000.tar        key.png, key.txt, key.json for each sample; any WebDataset reader takes it
+    DIR/00000.tar        key.png, key.txt, key.json for each sample; any WebDataset reader takes it. Some have the
+                         paired picture key.condition.png (RGB) and key.mask.png (gray), both of the picture's size
     DIR/00000.json       where each member lies, its size and sha256, and what became of every row (ledger.py)
 
 The tar alone cannot tell a cut or a flipped byte from a smaller, different shard; the index can.
@@ -24,6 +25,7 @@ FORMAT = "ldm-shards"
 VERSION = 2  # 1 had no ledger: no `rows` and `empty` here, no rows of samples and rejections in a shard's index
 READABLE = (1, 2)
 INDEX = "index.json"
+CONDITION, MASK = "condition.png", "mask.png"
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,15 @@ def join(folder: StrPath, name: str) -> str:
     return f"{os.fspath(folder).rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
 
 
+def within(folder: StrPath, outer: StrPath) -> str:
+    """The path of a folder inside another one, with a / at the end; "" when it is not inside."""
+    if is_remote(folder) or is_remote(outer):
+        inner, around = os.fspath(folder), os.fspath(outer).rstrip("/") + "/"
+    else:
+        inner, around = os.path.realpath(folder), os.path.join(os.path.realpath(outer), "")
+    return inner.rstrip("/").removeprefix(around) + "/" if inner.startswith(around) else ""
+
+
 def parent(path: StrPath) -> str:
     """The folder that a file is in."""
     return os.fspath(path).rpartition("/")[0] if is_remote(path) else os.path.dirname(path) or "."

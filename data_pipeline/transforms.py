@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_pipeline.buckets import Shape
 from data_pipeline.images import to_rgb
-from data_pipeline.resize import resize
+from data_pipeline.resize import resize, resize_mask
 
 _FORMATS = ("PNG", "JPEG", "WEBP")  # in which shards store pictures
 
@@ -105,6 +105,27 @@ def cut(image: Image.Image, frame: Frame, target: Shape) -> Image.Image:
         box = (frame.left, frame.top, frame.left + frame.width, frame.top + frame.height)
         image = resize(image, target, box)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if frame.mirrored else image
+
+
+def decode_mask(data: bytes) -> Image.Image:
+    """A mask as stored, mode L."""
+    image = Image.open(io.BytesIO(data), formats=("PNG",))
+    image.load()
+    return image.convert("L")
+
+
+def cut_mask(mask: Image.Image, frame: Frame, target: Shape) -> Image.Image:
+    """The part of a mask in `frame` at the size `target`: what `cut` does, but each pixel is the mean of its area."""
+    if mask.size != target:
+        box = (frame.left, frame.top, frame.left + frame.width, frame.top + frame.height)
+        mask = resize_mask(mask, target, box)
+    return mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if frame.mirrored else mask
+
+
+def to_unit(image: Image.Image) -> Tensor:
+    """RGB or gray picture -> [3 or 1, H, W] float32 in [0, 1]."""
+    planes = np.stack([np.asarray(band) for band in image.split()])
+    return torch.from_numpy(planes).to(torch.float32).div_(255.0)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -26,12 +26,16 @@ class Sample:
     image: RGB, any size.      captions: at least one, none empty; the first is the main one.
     meta: what else is known, JSON-able. Names with a meaning: `sha256` of the encoded picture, `url`, `scores`
     (name -> number), `weight` of the sample, `weights` of its captions, `repeats` an epoch.
+    condition: the paired picture, RGB. mask: mode L, 255 where a pixel counts fully in the loss. Both have the shape
+    of the picture, if not its size; None where there is none. All samples of a source have them, or none has.
     """
 
     key: str
     image: Image.Image
     captions: tuple[str, ...]
     meta: dict[str, Any]
+    condition: Image.Image | None = None
+    mask: Image.Image | None = None
 
 
 class Source(Protocol):

@@ -4,20 +4,22 @@ The caption of a picture is the first of these that it has:
   1. the file of the same stem with .txt, or else .caption: one caption a line;
   2. its rows in a metadata table, the one in the nearest folder above it;
   3. with caption_from_name: its own file name, without the suffix and with - and _ as spaces;
-  4. in kohya's layout: the name in its folder's name.
+  4. the one `caption` for all;
+  5. in kohya's layout: the name in its folder's name.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data_pipeline import storage
 from data_pipeline.captions import clean_captions, decode_caption
-from data_pipeline.images import MAX_PIXELS, SUFFIXES
+from data_pipeline.images import MAX_PIXELS, SUFFIXES, read_opacity
 from data_pipeline.sources import Rejected, Sample
 from data_pipeline.sources.columns import Columns, Roles, choose
+from data_pipeline.sources.partners import ALPHA, Partners
 from data_pipeline.sources.pictures import file_key, make_sample, read_picture
 from data_pipeline.sources.rows import open_table
 
@@ -40,7 +42,10 @@ class FolderConfig(Columns):
     layout: "kohya" takes the folders N_name right below `path`, with name as the caption where there is no other;
     pictures elsewhere are rejected. N is only kept in the meta, as `repeats`: data.repeats repeats a folder.
     "plain" gives names of folders no meaning.
-    "auto" is kohya when the pictures lie in such folders only. caption_from_name: see the order above.
+    "auto" is kohya when the pictures lie in such folders only. caption_from_name, caption: see the order above.
+
+    conditions: a folder with a paired picture for each one, under the same relative path with any suffix; it may lie
+    inside `path`. masks: likewise, white where a pixel counts in the loss; or "alpha": the pictures' own opacity.
     """
 
     path: str = ""
@@ -48,6 +53,9 @@ class FolderConfig(Columns):
     max_pixels: int = MAX_PIXELS
     layout: str = "auto"
     caption_from_name: bool = False
+    caption: str = ""
+    conditions: str = ""
+    masks: str = ""
 
 
 class FolderSource:
@@ -60,7 +68,10 @@ class FolderSource:
         if not config.path or not storage.is_folder(config.path):
             kind = "is not a folder" if config.path and storage.exists(config.path) else "does not exist"
             raise ValueError(f"source folder {config.path!r} {kind}")
-        files = storage.list_files(config.path)
+        self._conditions = Partners(config.conditions, "condition", config.max_pixels) if config.conditions else None
+        apart = config.masks not in ("", ALPHA)
+        self._masks = Partners(config.masks, "mask", config.max_pixels) if apart else None
+        files = _without(storage.list_files(config.path), config)
         self._files = frozenset(f.name for f in files)
         self._described = _read_metadata(config, self._files)
         found = {f for f in self._files if f.lower().endswith(SUFFIXES + _OTHER_SUFFIXES)}
@@ -70,6 +81,7 @@ class FolderSource:
         self._names = sorted(found | self._described.keys())
         self._kohya = config.layout == "kohya" or (config.layout == "auto" and _is_kohya(config.path, found))
         listed = "".join(f"{f.name}\0{f.size}\0{f.version}\n" for f in files)
+        listed += "".join(partners.fingerprint for partners in (self._conditions, self._masks) if partners)
         self.fingerprint = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
 
     def __len__(self) -> int:
@@ -93,10 +105,30 @@ class FolderSource:
         """The path within the folder."""
         return _shown(self._names[index])
 
+    def repeats(self, index: int) -> int:
+        """How often kohya's layout wants the picture in an epoch; 1 in other layouts."""
+        found = self._kohya_folder(self._names[index])
+        return int(found[1]) if found else 1
+
+    def has_caption(self, index: int) -> bool:
+        """Whether picture `index` has any, by the names of files and what the metadata list."""
+        name, config = self._names[index], self.config
+        stem = name.rpartition(".")[0]
+        return bool(
+            config.caption
+            or config.caption_from_name
+            or name in self._described
+            or self._kohya_folder(name)
+            or any(stem + suffix in self._files for suffix in CAPTION_SUFFIXES)
+        )
+
+    def _kohya_folder(self, name: str) -> re.Match[str] | None:
+        return _REPEATS.fullmatch(name.partition("/")[0]) if self._kohya and "/" in name else None
+
     def _sample(self, name: str) -> Sample:
         if name not in self._files:
             raise Rejected("missing image")
-        repeats = _REPEATS.fullmatch(name.partition("/")[0]) if self._kohya and "/" in name else None
+        repeats = self._kohya_folder(name)
         if self._kohya and not repeats:
             raise Rejected("not in a folder N_name", "layout=plain takes it")
         captions, meta = self._captions(name, repeats[2] if repeats else "")
@@ -104,7 +136,12 @@ class FolderSource:
         if repeats:
             meta["repeats"] = int(repeats[1])
         data = read_picture(storage.join(self.config.path, name))
-        return make_sample(file_key(name), data, captions, meta, self.config.max_pixels)
+        sample = make_sample(file_key(name), data, captions, meta, self.config.max_pixels)
+        condition = self._conditions.read(name) if self._conditions else None
+        mask = self._masks.read(name) if self._masks else None
+        if self.config.masks == ALPHA:
+            mask = read_opacity(data, self.config.max_pixels)
+        return replace(sample, condition=condition, mask=mask)
 
     def _captions(self, name: str, class_tokens: str) -> tuple[tuple[str, ...], dict[str, Any]]:
         """The captions by the order above, and what metadata say besides, whoever gives the captions."""
@@ -127,9 +164,16 @@ class FolderSource:
             return captions, meta
         if self.config.caption_from_name:
             return clean_captions([re.sub("[-_]+", " ", stem.rpartition("/")[2])]), meta
-        if class_tokens:
-            return clean_captions([class_tokens]), meta
+        if self.config.caption or class_tokens:
+            return clean_captions([self.config.caption or class_tokens]), meta
         raise Rejected("no caption")
+
+
+def _without(files: list[storage.FileInfo], config: FolderConfig) -> list[storage.FileInfo]:
+    """The files but those in the folders of conditions and masks."""
+    others = [folder for folder in (config.conditions, config.masks) if folder not in ("", ALPHA)]
+    inside = tuple(name for folder in others if (name := storage.within(folder, config.path)))
+    return [file for file in files if not inside or not file.name.startswith(inside)]
 
 
 def _shown(name: str) -> str:

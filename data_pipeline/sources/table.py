@@ -1,13 +1,16 @@
 """A table of pictures with captions: CSV, TSV, JSON lines or Parquet, with paths or with the pictures inside."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from PIL import Image
 
 from data_pipeline import storage
 from data_pipeline.images import MAX_PIXELS
 from data_pipeline.sources import Rejected, Sample
 from data_pipeline.sources.columns import Columns, choose
+from data_pipeline.sources.partners import partner
 from data_pipeline.sources.pictures import make_sample, picture_bytes, row_key
 from data_pipeline.sources.rows import Rows, open_table
 
@@ -18,12 +21,16 @@ class TableConfig(Columns):
 
     allow_remote: whether rows may name pictures far away (s3://...), which are fetched in your name. A table of
     web addresses is fetched first, with `ldm data fetch`.
+    condition_column, mask_column: of a paired picture and of a mask (white where a pixel counts in the loss), each a
+    path or the picture itself.
     """
 
     path: str = ""
     folder: str = ""
     max_pixels: int = MAX_PIXELS
     allow_remote: bool = False
+    condition_column: str = ""
+    mask_column: str = ""
 
 
 class RowSource:
@@ -39,6 +46,10 @@ class RowSource:
         if not len(rows):
             raise ValueError(f"{config.path} has no rows")
         self._roles = choose(config, rows.columns, config.path)
+        self._partners = {"condition": config.condition_column, "mask": config.mask_column}
+        for column in self._partners.values():
+            if column and column not in rows.columns:
+                raise ValueError(f"{config.path} has no column {column!r}; it has {', '.join(rows.columns)}")
         columns = f"of: {', '.join(rows.columns)}"
         if not self._roles.image and not self._roles.path:
             if self._roles.url:
@@ -61,11 +72,12 @@ class RowSource:
         row = self._rows[index]
         captions, meta = self._roles.describe(row)
         value = self._picture(row)
-        data = picture_bytes(value, self._folder, allow_remote=self.config.allow_remote)
+        data = self._bytes(value)
         if name := _path(value):
             meta["file"] = name
         key = row_key(row.get(self._roles.key), storage.stem(self.config.path), index)
-        return make_sample(key, data, captions, meta, self.config.max_pixels)
+        sample = make_sample(key, data, captions, meta, self.config.max_pixels)
+        return replace(sample, condition=self._partner(row, "condition"), mask=self._partner(row, "mask"))
 
     def name(self, index: int) -> str:
         """The row's path, else its key, else its address; else the table's name and the row's number from 0."""
@@ -75,6 +87,18 @@ class RowSource:
             row = {}
         known = (_path(self._picture(row)), row.get(self._roles.key), row.get(self._roles.url))
         return str(next((k for k in known if k), f"{storage.basename(self.config.path)}#{index}"))
+
+    def _bytes(self, value: Any) -> bytes:
+        return picture_bytes(value, self._folder, allow_remote=self.config.allow_remote)
+
+    def _partner(self, row: dict[str, Any], kind: str) -> Image.Image | None:
+        """The paired picture or the mask of a row; None where the table has no such column. Raises Rejected."""
+        column = self._partners[kind]
+        if not column:
+            return None
+        if not row.get(column):
+            raise Rejected(f"missing {kind}")
+        return partner(kind, lambda: self._bytes(row[column]), self.config.max_pixels)
 
     def _picture(self, row: dict[str, Any]) -> Any:
         """Bytes, {bytes, path} or a path; a row without the picture itself may still have its path."""

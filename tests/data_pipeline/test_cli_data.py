@@ -49,6 +49,13 @@ def test_folder_and_filters(pictures: Path, tmp_path: Path) -> None:
     assert "original size" in ldm_data("info", tmp_path / "out")
 
 
+def test_paired_pictures_and_masks(pictures: Path, tmp_path: Path) -> None:
+    ldm_data("build", pictures, tmp_path / "out", "--size", 16, f"conditions={pictures}", "masks=alpha")
+    assert "png, 16 x 16 px, condition, mask" in ldm_data("info", tmp_path / "out")
+    with pytest.raises(ValueError, match="no folder '/no/such' of masks"):
+        ldm_data("build", pictures, tmp_path / "other", "masks=/no/such")
+
+
 def test_parts_and_index(tmp_path: Path) -> None:
     made = ("build", "shapes", tmp_path / "out", "count=6", "--samples-per-shard", "2", "--part")
     assert "part 2/2 is there" in ldm_data(*made, "2/2")

@@ -51,6 +51,19 @@ def test_metadata_of_the_nearest_folder(tmp_path: Path) -> None:
     check_random_access(source, tmp_path)
 
 
+def test_one_caption_for_all_that_have_none(tmp_path: Path) -> None:
+    fill(tmp_path, {"5_cat/a.png": None, "5_cat/b.png": None, "5_cat/c.png": None, "5_cat/b.txt": "its own"})
+    fill(tmp_path, {"5_cat/metadata.csv": "file_name,text\nc.png,from the table\n"})
+    source = opened(tmp_path, caption="photo of sks cat")
+    assert verdicts(source) == {
+        "5_cat/a.png": ("photo of sks cat",), "5_cat/b.png": ("its own",), "5_cat/c.png": ("from the table",),
+    }  # fmt: skip
+    assert all(source.has_caption(i) for i in range(3)) and {source.repeats(i) for i in range(3)} == {5}
+    plain = opened(tmp_path, layout="plain")
+    assert [plain.has_caption(i) for i in range(3)] == [False, True, True] and plain.repeats(0) == 1
+    assert [name for name, said in verdicts(plain).items() if said == "no caption"] == ["5_cat/a.png"]
+
+
 def test_chosen_columns(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": None, "metadata.csv": "image_id,short,long\na.png,one,two\n"})
     source = opened(tmp_path, path_column="image_id", caption_columns=("long", "short"))

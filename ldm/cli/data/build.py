@@ -77,7 +77,8 @@ def build(
 
     Sources: a folder of pictures with .txt, .caption or metadata files, a table of paths, img2dataset's output,
     WebDataset tars, a Hugging Face dataset on disk, what `ldm data fetch` made; shapes and emoji draw their own.
-    A row that cannot be used is turned away by name: see `ldm data report`.
+    A row that cannot be used is turned away by name: see `ldm data report`. Of a folder, conditions=FOLDER takes paired
+    pictures of the same names along, and masks=FOLDER or masks=alpha how much each pixel counts in the loss.
 
     Example: ldm data build my-pictures data/mine --size 512 --workers 4 filters.min_side_px=400
     """

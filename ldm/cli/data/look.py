@@ -13,7 +13,7 @@ from data_pipeline.durable import write_atomically
 from data_pipeline.preview import contact_sheet
 from data_pipeline.reader import ShardReader
 from data_pipeline.report_page import render
-from data_pipeline.shards import to_json
+from data_pipeline.shards import CONDITION, MASK, to_json
 from data_pipeline.survey import survey
 from data_pipeline.verify import verify as find_damage
 from ldm.cli.data.common import app, progress_of
@@ -33,7 +33,8 @@ def info(path: Folder) -> None:
     settings = " ".join(f"{k}={v}" for k, v in held.source["settings"].items())
     rows = "" if held.rows is None else f"; of {held.rows} rows {held.rows - held.samples} were turned away"
     typer.echo(f"samples  {held.samples} in {len(held.shards)} shards, {held.bytes / 1e6:.1f} MB{rows}")
-    typer.echo(f"images   {held.image_format}, {pixels}")
+    beside = [name for name in (CONDITION, MASK) if name in dataset.extensions(0)]
+    typer.echo(f"images   {', '.join([held.image_format, pixels, *(name.partition('.')[0] for name in beside)])}")
     typer.echo(f"source   {held.source['kind']} {settings}")
     typer.echo(f"first    {dataset[0].key}: {dataset[0].captions[0]}")
 

@@ -20,7 +20,7 @@ class ClipSimilarity:
     @classmethod
     def of(cls, path: str) -> "ClipSimilarity":
         """By the CLIP of a run of the contrastive task, or of its model folder. Raises ValueError."""
-        from ldm.training.latents import weights_sha256
+        from ldm.checkpoints.model import weights_sha256
 
         clip = _load(path)
         return cls(path, f"{weights_sha256(clip.text)[:16]} {weights_sha256(clip.image)[:16]}")
