@@ -20,8 +20,9 @@ class Conditioning:
     sizes [B, 6]: original height and width, crop top and left, target height and width, px (SDXL).
     label [B], whole: a class, or how noisy the low-resolution picture in `concat` is (x4 upscaler).
     concat [B, C', H, W]: joined to `x` by channel (inpainting, depth).
-    control: what steers the picture's layout. Outside `Controlled`, one hint picture [B, 3, H f, W f] in [0, 1];
-        inside, its feature maps, one per skip connection of the U-Net and one for the middle.
+    control: what steers the picture's layout. Outside `controlled`, one hint picture for each network, [B, c, H f, W f]
+        in [0, 1]; inside, of T2I-adapters one map per level, then of ControlNets one per skip connection and one for
+        the middle; either may be absent.
     """
 
     context: Tensor | None = None

@@ -177,7 +177,7 @@ def test_from_the_noise_of_a_picture_the_same_prompt_draws_it_again(pipeline):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda: Given(PICTURE), "needs one of mask, measure and what it shows; got 0"),
+        (lambda: Given(PICTURE, strength=1.5), "strength must be above 0 and at most 1, got 1.5"),
         (lambda: Given(PICTURE, mask=MASK, shows="a"), "got 2 of them"),
         (lambda: Given(PICTURE, mask=MASK[..., 1:]), "the mask is 23x16 px and the picture 24x16"),
         (lambda: Given(PICTURE[0], mask=MASK), r"must be \[1 or N, 3, H, W\]"),

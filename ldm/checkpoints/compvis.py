@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.checkpoints import facts, textual_inversion
 from ldm.checkpoints.files import commit_file, save_tensors
 from ldm.checkpoints.foreign import read_file
-from ldm.checkpoints.layouts import autoencoder, dit, text, unet, unet_config
+from ldm.checkpoints.layouts import autoencoder, dit, t2i_adapter, text, unet, unet_config
 from ldm.checkpoints.layouts.table import Entry, Tensors, to_foreign, to_native
 from ldm.checkpoints.model import BROKEN, KINDS, LoadedModel, build, config_of, from_plain, keys_of, kind_of
 from ldm.models.text import TextConfig, TextPairConfig
@@ -27,8 +27,9 @@ BARE = {  # a component alone in a file: the tensor that gives it away
     "first_stage_model.": "encoder.down.0.block.0.conv1.weight",
     "dit.": "y_embedder.embedding_table.weight",
     "cond_stage_model.model.": "token_embedding.weight",
+    "t2i_adapter.": "body.0.block1.weight",
 }
-DIT = "dit."
+DIT, T2I = "dit.", "t2i_adapter."
 EXTRA = re.compile(
     r"(cond_stage_model|conditioner)\..*(position_ids|logit_scale|attn_mask)|[^.]+|(denoiser|low_scale_model)\.[^.]+"
 )
@@ -95,7 +96,7 @@ def named(tensors: Tensors, source: str) -> Tensors:
     """
     keys = tensors.keys()
     if any(re.search(r"lora_(down|up|[AB])\b|\.lora\.|hada_|lokr_", k) for k in keys):
-        raise ValueError(f"{source} is a LoRA, an addition to a model, and no model")
+        raise ValueError(f"{source} is a LoRA, an addition to a model, and no model; see ldm adapter inspect")
     if any(re.match(r"(down_blocks|encoder\.down_blocks|transformer_blocks)\.", k) for k in keys):
         raise ValueError(f"{source} is a component of diffusers; give the folder that holds it and its config.json")
     if not any(k.startswith((DENOISER, AUTOENCODER, CONTROL)) for k in keys):
@@ -136,6 +137,7 @@ def find_parts(tensors: Mapping[str, Tensor], recorded: Mapping[str, Any]) -> li
     add("denoiser", "unet", (DENOISER,), unet_config.infer)
     add("denoiser", "dit", (DIT,), lambda s: dit.infer({k: v for k, v in s.items() if k not in dit.IGNORED}))
     add("controlnet", "controlnet", (CONTROL,), unet_config.infer_controlnet)
+    add("t2i_adapter", "t2i_adapter", (T2I,), t2i_adapter.infer)
     return parts
 
 
@@ -163,8 +165,9 @@ def table(kind: str, config: Any, prefixes: tuple[str, ...]) -> list[Entry]:
         "unet": unet.compvis,
         "controlnet": unet.controlnet_compvis,
         "dit": dit.facebook,
+        "t2i_adapter": t2i_adapter.original,
     }
-    return _prefixed(tables[kind](config, keys), "" if prefix == DIT else prefix)
+    return _prefixed(tables[kind](config, keys), "" if prefix in (DIT, T2I) else prefix)
 
 
 def _text_table(config: TextConfig, keys: list[str], prefix: str) -> list[Entry]:
@@ -178,8 +181,9 @@ def _prefixed(entries: list[Entry], prefix: str) -> list[Entry]:
 
 def _below(tensors: Tensors, prefixes: tuple[str, ...]) -> Tensors:
     found = {k: v for k, v in tensors.items() if k.startswith(prefixes) and not EXTRA.fullmatch(k)}
-    if prefixes == (DIT,):
-        found = {k.removeprefix(DIT): v for k, v in found.items() if k.removeprefix(DIT) not in dit.IGNORED}
+    if prefixes in ((DIT,), (T2I,)):  # names that files have without it
+        found = {k.removeprefix(prefixes[0]): v for k, v in found.items()}
+        found = {k: v for k, v in found.items() if prefixes == (T2I,) or k not in dit.IGNORED}
     return found
 
 
@@ -260,6 +264,7 @@ def _prefixes(kind: str, config: Any) -> tuple[str, ...]:
         "unet": (DENOISER,),
         "controlnet": (CONTROL,),
         "dit": (DIT,),
+        "t2i_adapter": (T2I,),
         "text_pair": PAIR,
     }
     if kind not in places:

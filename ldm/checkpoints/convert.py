@@ -142,6 +142,10 @@ def _outputs(module: Any) -> list[Tensor]:
         return [told.context, told.pooled] if projected else [told.context]
     if kind == "image":
         return [module(noise(1, 3, config.size, config.size).clamp(-1, 1))]
+    if kind == "t2i_adapter":
+        side = 4 * 2 ** len(config.channels)
+        told = Conditioning(control=(noise(1, config.hint_channels, side * config.factor, side * config.factor),))
+        return list(module(noise(1, 4, side, side), torch.tensor([500.0]), told))
     network = config.unet if kind == "controlnet" else config
     side = 4 * (module.encoder.factor if kind == "controlnet" else module.factor)
     pooled, sized, classes = (int(getattr(network, name, 0)) for name in ("pooled_dim", "size_dim", "classes"))

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.checkpoints import compvis, facts, textual_inversion
+from ldm.checkpoints.files import read_json, read_tensors
 from ldm.checkpoints.foreign import read_file
-from ldm.checkpoints.load import find_model, format_of, load_model
+from ldm.checkpoints.load import base_of, find_model, format_of, load_model
 from ldm.checkpoints.model import config_of, kind_of
 
 
@@ -23,6 +24,10 @@ def describe(path: str | Path) -> str:
     lines = [f"{found}: {format_of(found)}"]
     if found.is_file():
         lines += _file(found)
+    if (base := base_of(found)) is not None:
+        lines += _put_on(found, base)
+        if not read_json(found / "model.json")["components"]:
+            return "\n".join(lines)
     try:
         model = load_model(found)
     except ValueError as error:
@@ -32,6 +37,15 @@ def describe(path: str | Path) -> str:
     for key, value in model.settings.items():
         lines.append(f"  {key}: {value}")
     return "\n".join([*lines, *(f"  note: {note}" for note in model.notes)])
+
+
+def _put_on(folder: Path, base: dict[str, Any]) -> list[str]:
+    """What a fine-tuning added to a model, and to which."""
+    lines = [f"  {base['settings'].get('method', 'something')}, trained on the model {base['model']}"]
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors, _ = read_tensors(file)
+        lines.append(f"  {file.name}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers")
+    return lines
 
 
 def _component(name: str, module: nn.Module) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ldm.checkpoints.files import commit, read_json, read_tensors, save_tensors, write_json
 from ldm.checkpoints.foreign import read_component
-from ldm.checkpoints.layouts import autoencoder, dit, mmdit, scheduler, text, unet, unet_config
+from ldm.checkpoints.layouts import autoencoder, dit, mmdit, scheduler, t2i_adapter, text, unet, unet_config
 from ldm.checkpoints.layouts.table import Entry, Tensors, to_foreign, to_native
 from ldm.checkpoints.model import BROKEN, LoadedModel, build, config_of, keys_of, kind_of
 from ldm.models.text import TextConfig, TextPair, TextPairConfig, clip_vocabulary
@@ -21,7 +21,8 @@ WEIGHTS = "diffusion_pytorch_model"
 LEFT_OUT = "left_out.safetensors"
 """What the library's own text encoder has no room for: the blocks that the context leaves out, the projection."""
 
-PLACES = {"vae": "autoencoder", "unet": "denoiser", "transformer": "denoiser", "controlnet": "controlnet"}
+PLACES = {"vae": "autoencoder", "unet": "denoiser", "transformer": "denoiser"}
+PLACES |= {"controlnet": "controlnet", "t2i_adapter": "t2i_adapter"}
 TEXT_ENCODERS = ("T5EncoderModel", "UMT5EncoderModel", "BertModel", "RobertaModel", "XLMRobertaModel")
 CONTEXT_LENGTH = 77  # tokens of a prompt for encoders that do not say how many they were used with
 UNETS = ("UNet2DConditionModel", "UNet2DModel")
@@ -105,6 +106,9 @@ def _network(kind: str, words: dict[str, Any], source: str) -> tuple[str, str, A
     if kind == "ControlNetModel":
         control = unet_config.controlnet_from_diffusers(words, source)
         return "controlnet", "controlnet", control, unet.controlnet_diffusers(control, keys_of("controlnet", control))
+    if kind == "T2IAdapter":
+        adapter = t2i_adapter.from_diffusers(words, source)
+        return "t2i_adapter", "t2i_adapter", adapter, t2i_adapter.diffusers(adapter, keys_of("t2i_adapter", adapter))
     if kind == "DiTTransformer2DModel":
         transformer = dit.from_diffusers(words)
         return "denoiser", "dit", transformer, dit.diffusers(transformer, keys_of("dit", transformer))
@@ -189,6 +193,9 @@ def _settings(path: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], tup
     if (path / "text_encoder_3").is_dir():
         notes += ("its three text encoders are left out: that is not known here",)
     settings = {"size": (size or 64) * factor, "null_prompt": None if zeros else "", "diffusion": diffusion}
+    low = path / "low_res_scheduler" / "scheduler_config.json"
+    if low.is_file():  # the noise that an upscaler puts on what it enlarges
+        settings["low_res"] = scheduler.from_diffusers(read_json(low), str(low))[0]
     return settings, notes
 
 
@@ -255,6 +262,9 @@ def _files(name: str, module: nn.Module, latent_size: int, size: int, notes: lis
     if kind == "controlnet":
         words = unet_config.controlnet_to_diffusers(config)
         return _folder("controlnet", words, to_foreign(unet.controlnet_diffusers(config, state), state))
+    if kind == "t2i_adapter":
+        words = t2i_adapter.to_diffusers(config)
+        return _folder("t2i_adapter", words, to_foreign(t2i_adapter.diffusers(config, state), state))
     if kind == "dit":
         words = dit.to_diffusers(config, latent_size)
         return _folder("transformer", words, to_foreign(dit.diffusers(config, state), state))

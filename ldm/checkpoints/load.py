@@ -52,6 +52,21 @@ def format_of(path: Path) -> str:
     return "native" if (path / "model.json").is_file() else "diffusers"
 
 
+def base_of(found: Path) -> dict[str, Any] | None:
+    """Of a model folder that holds only what was put on a base, or steers it: that base; None for every other model.
+
+    -> model (its place), sha256 (by component) and the folder's settings. Raises ValueError for a damaged description.
+    """
+    if not (found / "model.json").is_file():
+        return None
+    try:
+        settings = read_json(found / "model.json")["settings"]
+        base = settings.get("base")
+        return None if base is None else {**base, "settings": settings}
+    except BROKEN as error:
+        raise ValueError(f"{found} is no model folder of ours: {type(error).__name__} {error}") from error
+
+
 def load_model(
     path: str | Path,
     names: Sequence[str] | None = None,
@@ -98,6 +113,12 @@ def _load_native(folder: Path, names: Sequence[str] | None, dtype: torch.dtype |
     description = read_json(folder / "model.json")
     if description.get("format") != FORMAT:
         raise ValueError(f"{folder}/model.json has format {description.get('format')}; this reads {FORMAT}")
+    base = base_of(folder)
+    if base is not None and not description["components"]:
+        raise ValueError(
+            f"{folder} holds no model of its own, but what was put on {base['model']}; draw with it, or merge the two "
+            "with: ldm adapter merge"
+        )
     wanted = [n for n in description["components"] if names is None or n in names]
     if any(Path(n).name != n for n in wanted):
         raise ValueError(f"{folder}/model.json names files outside its folder")

@@ -1,8 +1,10 @@
 """A loaded model: its components, built from tensors without ever being initialised."""
 
+import hashlib
+import json
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.mmdit import MMDiT, MMDiTConfig
 from ldm.models.perceptual import Perceptual, PerceptualConfig
+from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.text import TextConfig, TextEncoder, TextPair, TextPairConfig
 from ldm.models.transformers_text import TransformersText, TransformersTextConfig
 from ldm.models.unet import UNet, UNetConfig
@@ -33,6 +36,7 @@ KINDS: dict[str, tuple[Callable[[Any], nn.Module], type[Any]]] = {
     "dit": (DiT, DiTConfig),
     "mmdit": (MMDiT, MMDiTConfig),
     "controlnet": (ControlNet, ControlNetConfig),
+    "t2i_adapter": (T2IAdapter, T2IAdapterConfig),
     "classifier": (NoisyClassifier, NoisyClassifierConfig),
 }
 
@@ -77,6 +81,15 @@ def config_of(module: nn.Module) -> Any:
     return module.config
 
 
+def weights_sha256(module: nn.Module) -> str:
+    """Of a component's configuration and of every weight as float32, whatever file it came from; hex."""
+    digest = hashlib.sha256(json.dumps(asdict(config_of(module)), sort_keys=True).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def build(
     kind: str, config: Any, tensors: Mapping[str, Tensor], source: str, *, dtype: torch.dtype | None = None
 ) -> nn.Module:
@@ -101,10 +114,20 @@ def build(
         raise ValueError(f"{source} holds NaN or infinity, first in {bad[0]}")
     load_tensors(module, tensors, source, assign=True)
     # Also when nothing is cast: a module's own buffers outside the state dict take the type of its tensors.
-    module.to(dtype or next(iter(types), torch.float32))
-    if isinstance(module, AutoencoderKL | AutoencoderVQ):  # half precision would change the latents' scale by 3e-4
-        module.latent_mean, module.latent_std = tensors["latent_mean"].float(), tensors["latent_std"].float()
+    cast(module, dtype or next(iter(types), torch.float32))
     return module.eval().requires_grad_(False)
+
+
+def cast(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Have a component's floats in that type; None leaves them."""
+    if dtype is None:
+        return
+    if not isinstance(module, AutoencoderKL | AutoencoderVQ):
+        module.to(dtype)
+        return
+    mean, std = module.latent_mean.float(), module.latent_std.float()
+    module.to(dtype)
+    module.latent_mean, module.latent_std = mean, std  # half precision would change the latents' scale by 3e-4
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:

@@ -1,11 +1,13 @@
 """ControlNet (Zhang et al. 2023): a second encoder that steers a frozen U-Net by a picture, such as edges."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.t2i_adapter import T2IAdapter
 from ldm.models.unet import UNet, UNetConfig, UNetEncoder
 from ldm.nn.blocks import zero_init
 from ldm.types import Conditioning, Denoiser
@@ -67,22 +69,52 @@ class ControlNet(nn.Module):
 
 
 class Controlled(nn.Module):
-    """A denoiser steered by a ControlNet: another denoiser, equal to the first while the ControlNet is untrained.
+    """A denoiser steered by a ControlNet or T2I-adapter: the denoiser itself while a ControlNet is untrained.
 
-    cond.control holds the hint picture; `scale` weighs what the ControlNet says. With no hint it is the denoiser.
+    cond.control holds the hint picture; `scale` weighs what the network says. With no hint it is the denoiser.
     """
 
-    def __init__(self, denoiser: Denoiser, controlnet: ControlNet, scale: float = 1.0) -> None:
+    def __init__(self, denoiser: Denoiser, controlnet: ControlNet | T2IAdapter, scale: float = 1.0) -> None:
         super().__init__()
         self.denoiser, self.controlnet, self.scale = denoiser, controlnet, scale
 
     @property
     def factor(self) -> int:
         """H and W of x must be multiples of this."""
-        return self.controlnet.encoder.factor
+        factor: int = getattr(self.denoiser, "factor", 1)
+        return factor
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return controlled(self.denoiser, [(self.controlnet, self.scale)])(x, t, cond)
+
+
+def controlled(
+    denoiser: Denoiser, networks: Sequence[tuple[ControlNet | T2IAdapter, float | Callable[[Tensor], Tensor]]]
+) -> Denoiser:
+    """The denoiser steered by all the networks, each with its weight: a number, or by t [B] -> [B].
+
+    cond.control holds a hint picture for each network, in their order; their maps are summed. A network whose weights
+    are all 0 is not run, and with no hints this is the denoiser.
+    """
+
+    def steer(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         if not cond.control:
-            return self.denoiser(x, t, cond)
-        maps = self.controlnet(x, t, cond)
-        return self.denoiser(x, t, replace(cond, control=tuple(self.scale * m for m in maps)))
+            return denoiser(x, t, cond)
+        within: tuple[Tensor, ...] = ()  # of T2I-adapters, one map per level
+        after: tuple[Tensor, ...] = ()  # of ControlNets, one per skip connection and the middle
+        for (network, weight), hint in zip(networks, cond.control, strict=True):
+            share = weight(t).to(x).view(-1, 1, 1, 1) if callable(weight) else weight
+            if not (share.any() if isinstance(share, Tensor) else share):
+                continue
+            maps = tuple(share * m for m in network(x, t, replace(cond, control=(hint,))))
+            if isinstance(network, T2IAdapter):
+                within = _summed(within, maps)
+            else:
+                after = _summed(after, maps)
+        return denoiser(x, t, replace(cond, control=(*within, *after)))
+
+    return steer
+
+
+def _summed(total: tuple[Tensor, ...], maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(a + b for a, b in zip(total, maps, strict=True)) if total else maps

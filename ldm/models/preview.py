@@ -25,7 +25,7 @@ class LatentPreview:
         model than any others would: a few estimates of a drawing under way are enough.
         """
         latent = latent.detach().float().cpu()
-        wanted = F.adaptive_avg_pool2d(decoded.detach().float().cpu(), latent.shape[-2:])
+        wanted = F.adaptive_avg_pool2d(decoded.detach().float().cpu(), (latent.shape[-2], latent.shape[-1]))
         rows = latent.movedim(1, -1).flatten(0, -2)  # [N, C]
         rows = F.pad(rows, (0, 1), value=1.0).double()
         # by the normal equations, with a little ridge: estimates of plain colour leave channels that say nothing

@@ -1,6 +1,7 @@
 """Prompts -> Conditioning, over open_clip's text tower and its own BPE vocabulary."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -10,11 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.words import LearnedWords, WordEmbedding
 from ldm.nn.transfer import to_device
 from ldm.types import Conditioning
 
+log = logging.getLogger(__name__)
+
 VOCABULARY = 49_408
-"""Entries of CLIP's BPE vocabulary, its start (49,406) and end (49,407) tokens included."""
+"""Entries of CLIP's BPE vocabulary, its start and end tokens included."""
+START, END = 49_406, 49_407
+"""Ids of the tokens that open and close every text."""
 VOCABULARY_SHA256 = "f9ed75c7303813705c2bd2d90308476118d3b77bfe42f07a33a57b44c175e2bc"
 """Of its entries in the order of their ids and its merges in the order of their ranks, a line each."""
 
@@ -71,14 +77,19 @@ class TextConfig:
 
 
 class Tokenizer:
-    """open_clip's byte-pair encoding: prompts -> ids [B, context_length], start token first, end token kept."""
+    """open_clip's byte-pair encoding: prompts -> ids [B, context_length], start token first, end token kept.
 
-    def __init__(self, context_length: int, pad_id: int) -> None:
+    words: those that the encoder has learned besides; their ids are negative.
+    """
+
+    def __init__(self, context_length: int, pad_id: int, words: LearnedWords | None = None) -> None:
         import_open_clip()
         from open_clip.tokenizer import SimpleTokenizer
 
         self.bpe = SimpleTokenizer(context_length=context_length)
         self.context_length, self.pad_id = context_length, pad_id
+        self.words = LearnedWords() if words is None else words
+        self.told = False  # that prompts are cut
         lines = [*self.bpe.encoder, *map(" ".join, self.bpe.bpe_ranks)]
         if hashlib.sha256("\n".join(lines).encode()).hexdigest() != VOCABULARY_SHA256:
             raise ValueError(
@@ -87,15 +98,34 @@ class Tokenizer:
             )
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> int64 ids [B, L]; a prompt that is too long loses its tail."""
-        ids = self.bpe(list(prompts))  # padded with 0, which is also the id of "!"
-        ends = ids.argmax(dim=1, keepdim=True)  # the end token has the highest id
-        after = torch.arange(self.context_length)[None] > ends
-        return ids.masked_fill(after, self.pad_id)
+        """Prompts -> int64 ids [B, L]; a prompt that is too long loses its tail, which is logged once."""
+        return self.rows([self._cut(prompt) for prompt in prompts])
+
+    def units(self, prompt: str) -> list[tuple[int, ...]]:
+        """A prompt's ids without start and end, of any length, in units that stay together: tokens, learned words."""
+        units: list[tuple[int, ...]] = []
+        for part in self.words.split(prompt):
+            units += [(token,) for token in self.bpe.encode(part)] if isinstance(part, str) else [part]
+        return units
+
+    def rows(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """B times at most L - 2 ids -> [B, L], each with start and end and filled up."""
+        rows = torch.full((len(texts), self.context_length), self.pad_id)
+        for row, ids in zip(rows, texts, strict=True):
+            row[: len(ids) + 2] = torch.tensor([START, *ids, END])
+        return rows
 
     def length(self, prompt: str) -> int:
         """Tokens of a prompt before any cut, start and end included."""
-        return len(self.bpe.encode(prompt)) + 2
+        return sum(map(len, self.units(prompt))) + 2
+
+    def _cut(self, prompt: str) -> list[int]:
+        ids = [token for unit in self.units(prompt) for token in unit]
+        room = self.context_length - 2
+        if len(ids) > room and not self.told:
+            self.told = True
+            log.warning("a prompt of %d tokens is cut to %d, as all longer ones are; said once", len(ids), room)
+        return ids[:room]
 
 
 def clip_vocabulary() -> tuple[dict[str, int], str]:
@@ -121,7 +151,8 @@ class TextEncoder(nn.Module):
         import_open_clip()
         from open_clip.transformer import QuickGELU, TextTransformer
 
-        self.tokenize = Tokenizer(config.context_length, config.pad_id)
+        self.words = LearnedWords()
+        self.tokenize = Tokenizer(config.context_length, config.pad_id, self.words)
         self.tower = TextTransformer(
             context_length=config.context_length,
             vocab_size=VOCABULARY,
@@ -137,6 +168,7 @@ class TextEncoder(nn.Module):
             # layers add to them, and their order most of all.
             nn.init.normal_(self.tower.token_embedding.weight, std=config.embedding_std)
             nn.init.normal_(self.tower.positional_embedding, std=config.embedding_std)
+        self.tower.token_embedding = WordEmbedding(self.tower.token_embedding, self.words)
         # Not part of a state dict, so it must be real also when the model is built on the meta device.
         mask = torch.full((config.context_length, config.context_length), float("-inf"), device="cpu")
         self.tower.register_buffer("attn_mask", mask.triu_(1), persistent=False)
@@ -155,11 +187,16 @@ class TextEncoder(nn.Module):
         """B prompts -> Conditioning(context [B, L, width], pooled [B, embed_dim]) for a denoiser.
 
         pooled is the prompt's place in the joint image-text space, not scaled to unit length; without a
-        projection into that space, the end token's state.
+        projection into that space, the end token's state. A prompt that is too long is cut.
         """
-        ids = to_device(self.tokenize(prompts), self.tower.positional_embedding.device)
+        return self.read(self.tokenize(prompts))
+
+    def read(self, ids: Tensor, skip: int | None = None) -> Conditioning:
+        """ids [B, L], of tokens and learned words -> what `forward` gives; skip: in place of that of the config."""
+        layer = -1 - (self.config.skip if skip is None else skip)
+        ids = to_device(ids, self.tower.positional_embedding.device)
         hidden = self.tower.forward_intermediates(
-            ids, indices=[-1 - self.config.skip], normalize_intermediates=self.config.final_norm, output_fmt="NLC"
+            ids, indices=[layer], normalize_intermediates=self.config.final_norm, output_fmt="NLC"
         )
         return Conditioning(context=hidden["text_intermediates"][0], pooled=hidden["text_features"])
 

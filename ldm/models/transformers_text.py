@@ -1,6 +1,7 @@
 """Any text encoder of the transformers library, such as T5: prompts -> Conditioning."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.text import import_open_clip
+from ldm.models.words import LearnedWords, WordEmbedding
 from ldm.nn.transfer import to_device
 from ldm.types import Conditioning
+
+log = logging.getLogger(__name__)
 
 MODELS = ("t5", "umt5", "bert", "roberta", "xlm-roberta")
 RUNS_CODE = (
@@ -51,13 +55,20 @@ class TransformersText(nn.Module):
             self.tokenizer = Tokenizer.from_str(config.tokenizer)
         except Exception as error:  # the library's errors are plain ones
             raise ValueError(f"no tokenizer can be made of this configuration: {error}") from error
-        self.tokenizer.enable_truncation(config.context_length)
-        self.tokenizer.enable_padding(length=config.context_length, pad_id=config.pad_id)
+        self.tokenizer.no_truncation()  # cut and filled up here, where learned words are known
+        self.tokenizer.no_padding()
+        self.words = LearnedWords()
+        self.told = False  # that prompts are cut
         entries = self.tokenizer.get_vocab_size()
         rows = self.encoder.get_input_embeddings().num_embeddings
         # A tokenizer made offline can silently have two entries; every prompt then reads the same.
         if not rows // 2 <= entries <= rows:
             raise ValueError(f"the tokenizer has {entries} entries and the text encoder {rows} rows: not a pair")
+        self.start, self.end = _around(self.tokenizer)
+        table = self.encoder.get_input_embeddings().weight
+        for name, module in list(self.encoder.named_modules(remove_duplicate=False)):
+            if isinstance(module, nn.Embedding) and module.weight is table:  # T5 has the same one in two places
+                self.encoder.set_submodule(name, WordEmbedding(module, self.words))
 
     @staticmethod
     def config_of(architecture: dict[str, Any], tokenizer: str, context_length: int) -> TransformersTextConfig:
@@ -84,15 +95,65 @@ class TransformersText(nn.Module):
         """0: there is no pooled embedding."""
         return 0
 
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt that fit, beside those that the encoder puts around every text."""
+        return self.config.context_length - len(self.start) - len(self.end)
+
+    def tokens(self, prompt: str) -> list[tuple[int, int]]:
+        """A prompt's ids, of any length and with nothing around them, each with the place in it where it ends.
+
+        The place is that of the token's last character; of a learned word, whose ids are negative, its first.
+        """
+        tokens: list[tuple[int, int]] = []
+        place = 0
+        for part, word in self.words.found(prompt):
+            if word:
+                tokens += [(token, place) for token in self.words.ids(word)]
+            elif part:
+                # beside a learned word, a space is not a token of its own
+                text = part if part == prompt else part.strip()
+                encoded = self.tokenizer.encode(text, add_special_tokens=False)
+                start = place + part.index(text)
+                tokens += [
+                    (i, start + max(end - 1, 0)) for i, (_, end) in zip(encoded.ids, encoded.offsets, strict=True)
+                ]
+            place += len(part)
+        return tokens
+
+    def rows(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """B times at most `room` ids -> ids [B, L] with what goes around them, and a mask [B, L]."""
+        rows = torch.full((len(texts), self.config.context_length), self.config.pad_id)
+        mask = torch.zeros_like(rows, dtype=torch.bool)
+        for row, keep, ids in zip(rows, mask, texts, strict=True):
+            whole = [*self.start, *ids, *self.end]
+            row[: len(whole)], keep[: len(whole)] = torch.tensor(whole, dtype=torch.long), True
+        return rows, mask
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """B prompts -> ids [B, L] and a mask [B, L]; a prompt that is too long loses its tail."""
-        encoded = self.tokenizer.encode_batch(list(prompts))
-        return torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded]).bool()
+        """B prompts -> ids [B, L] and a mask [B, L]; a prompt that is too long loses its tail, which is logged once."""
+        texts = [[token for token, _ in self.tokens(prompt)] for prompt in prompts]
+        longest = max(map(len, texts), default=0)
+        if longest > self.room and not self.told:
+            self.told = True
+            log.warning("a prompt of %d tokens is cut to %d, as all longer ones are; said once", longest, self.room)
+        return self.rows([text[: self.room] for text in texts])
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
-        """B prompts -> Conditioning(context [B, L, width], mask [B, L])."""
-        ids, mask = (to_device(v, self.encoder.device) for v in self.tokenize(prompts))
+        """B prompts -> Conditioning(context [B, L, width], mask [B, L]); one that is too long is cut."""
+        return self.read(*self.tokenize(prompts))
+
+    def read(self, ids: Tensor, mask: Tensor) -> Conditioning:
+        """ids [B, L], of tokens and learned words, and a mask [B, L] -> what `forward` gives."""
+        ids, mask = (to_device(v, self.encoder.device) for v in (ids, mask))
         return Conditioning(context=self.encoder(input_ids=ids, attention_mask=mask)[0], mask=mask)
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after every text."""
+    inside, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    before = next(i for i in range(len(whole) + 1) if whole[i : i + len(inside)] == inside)
+    return whole[:before], whole[before + len(inside) :]
 
 
 def _encoder(config: TransformersTextConfig) -> Any:

@@ -115,12 +115,14 @@ class UNetLevel(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.resample = resample
 
-    def down(self, h: Tensor, emb: Tensor, cond: Conditioning) -> list[Tensor]:
-        """Every feature map made on the way, in order; the last one goes on down."""
+    def down(self, h: Tensor, emb: Tensor, cond: Conditioning, extra: Tensor | None = None) -> list[Tensor]:
+        """Every feature map made on the way, in order; the last one goes on down. extra: added to the last layer's."""
         made = []
         for layer in self.layers:
             h = layer(h, emb, cond)
             made.append(h)
+        if extra is not None:
+            h = made[-1] = h + extra
         return made if self.resample is None else [*made, self._resampled(h, emb)]
 
     def up(self, h: Tensor, skips: list[Tensor], emb: Tensor, cond: Conditioning) -> Tensor:
@@ -182,12 +184,17 @@ class UNetEncoder(nn.Module):
             emb = emb + self.pooled(torch.cat(told, dim=1))
         return emb if self.label is None else emb + self.label(_needed("label", cond.label))
 
-    def encode(self, h: Tensor, emb: Tensor, cond: Conditioning) -> tuple[Tensor, list[Tensor]]:
-        """h = conv_in's output -> (the middle's output, all maps made on the way for the skip connections)."""
+    def encode(
+        self, h: Tensor, emb: Tensor, cond: Conditioning, extras: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """h = conv_in's output -> (the middle's output, all maps made on the way for the skip connections).
+
+        extras: added to what each level makes (T2I-adapters), or none.
+        """
         skips = [h]
-        for level in self.down:
+        for level, extra in zip(self.down, extras or [None] * len(self.down), strict=True):
             assert isinstance(level, UNetLevel)
-            skips += level.down(skips[-1], emb, cond)
+            skips += level.down(skips[-1], emb, cond, extra)
         return self.middle_out(self.middle(skips[-1], emb, cond), emb), skips
 
 
@@ -220,9 +227,12 @@ class UNet(UNetEncoder):
         h = self.conv_in(x)
         if self.config.positions:
             h = h + position_embedding(h.shape[2], h.shape[3], h.shape[1]).to(h)
-        h, skips = self.encode(h, emb, cond)
-        if cond.control:  # one map per skip connection in the order they were made, then the middle
-            *maps, middle = cond.control
+        # of T2I-adapters one map per level, of ControlNets one per skip connection and the middle; either may be absent
+        made = len(self.skip_widths) + 1
+        extras = cond.control[:-made] if len(cond.control) >= made else cond.control
+        h, skips = self.encode(h, emb, cond, extras)
+        if len(cond.control) >= made:
+            *maps, middle = cond.control[-made:]
             skips = [skip + extra for skip, extra in zip(skips, maps, strict=True)]
             h = h + middle
         for level in self.up:

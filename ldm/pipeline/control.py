@@ -1,94 +1,40 @@
 """What a request does to the network and to the sampler, put together for one batch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ldm.checkpoints.load import load_model
-from ldm.diffusion.guidance import adaptive_projected, guided, plus_plus, thresholded
-from ldm.diffusion.noise import NoiseLevel
-from ldm.diffusion.process import Diffusion, DiffusionConfig
+from ldm.diffusion.guidance import Scale, adaptive_projected, guided, plus_plus, thresholded
 from ldm.diffusion.restoration import measured, repainted, resampled
 from ldm.diffusion.samplers import Sampler
 from ldm.diffusion.steering import Score, classifier_guided, estimate_guided
 from ldm.models.classifier import log_prob
-from ldm.models.clip import CLIP
 from ldm.models.clip_score import clip_score
+from ldm.models.controlnet import controlled
 from ldm.models.perturbed import perturbed
-from ldm.pipeline.request import Given, Request
+from ldm.pipeline.canvas import cells_of, interpolated
+from ldm.pipeline.companions import Companions
+from ldm.pipeline.given import Given
+from ldm.pipeline.passes import Pass, stretch
+from ldm.pipeline.request import Control, Request
+from ldm.pipeline.told import Script
 from ldm.types import Conditioning, Denoiser
 
 
 @dataclass(frozen=True)
-class Companions:
-    """Other models that steer a pipeline: a weaker denoiser as the negative, a noisy classifier, a CLIP."""
-
-    weak: Any = None
-    classifier: Any = None
-    clip: Any = None
-    weak_name: str = ""  # what the pictures' settings call it
-
-    @classmethod
-    def load(
-        cls,
-        weak: str | Path = "",
-        classifier: str | Path = "",
-        clip: str | Path = "",
-        *,
-        device: str = "cpu",
-        diffusion: Diffusion | None = None,
-    ) -> "Companions":
-        """From model or run folders; "" leaves one out.
-
-        diffusion: of the pipeline. Raises ValueError for a folder without what is needed, and for a weak model or a
-        classifier that was trained with other noise.
-        """
-
-        def parts(path: str | Path, *names: str, dtype: torch.dtype | None = torch.float32) -> list[Any]:
-            found = load_model(path, names, dtype=dtype)
-            if diffusion is not None and names[0] in ("denoiser", "classifier"):
-                _same_noise(path, found.settings.get("diffusion", {}), diffusion, names[0])
-            return [part.to(device).eval().requires_grad_(False) for part in found.require(*names)]
-
-        return cls(
-            parts(weak, "denoiser", dtype=torch.float32 if device == "cpu" else None)[0] if weak else None,
-            parts(classifier, "classifier")[0] if classifier else None,
-            CLIP(*parts(clip, "text", "image")).to(device).eval().requires_grad_(False) if clip else None,
-            weak_name=Path(weak).name if weak else "",
-        )
-
-    def check(self, request: Request) -> None:
-        """Raise ValueError for a request that needs one that is not there, or leaves one without effect."""
-        steering = request.steering
-        if self.weak is not None and request.negative:
-            raise ValueError("a weak model stands in for the negative prompt; give one of the two")
-        if self.weak is not None and request.guidance == 1 and not request.plus_plus:
-            raise ValueError("a weak model does nothing at guidance 1; give more")
-        for wanted, there, name in (
-            (steering.label, self.classifier, "label needs a classifier"),
-            (steering.clip_scale, self.clip, "clip_scale needs a CLIP"),
-        ):
-            if wanted and there is None:
-                raise ValueError(f"{name}, and the pipeline has none")
-        if steering.label:
-            log_prob(self.classifier, [steering.label])
-
-
-@dataclass(frozen=True)
 class Batch:
-    """One batch of a request as it is drawn: its conditions, levels and the diffusion at its size."""
+    """One batch of a request in one of its passes: what the network is told, and by what it is drawn."""
 
     request: Request
     rows: slice  # of the request
+    way: Pass
+    given: Given | None  # as it is drawn into at this size
     cond: Conditioning
     uncond: Conditioning
-    levels: NoiseLevel
-    diffusion: Diffusion
+    script: Script | None  # what the two stand for, where prompts change from step to step
     decode: Callable[[Tensor], Tensor]
 
     @property
@@ -96,18 +42,30 @@ class Batch:
         """One for each image."""
         return self.request.prompts[self.rows]
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One for each image."""
+        return self.request.seeds[self.rows]
+
     def of(self, given: Tensor) -> Tensor:
         """The batch's rows of what is given, [1 or N, ...] -> [1 or B, ...]."""
         return given if len(given) == 1 else given[self.rows]
 
+    def each(self, given: Tensor) -> Tensor:
+        """The same with a row for each image, [B, ...]."""
+        return self.of(given).expand(len(self.prompts), *given.shape[1:])
 
-def steered(network: Denoiser, module: Any, companions: Companions, batch: Batch) -> Denoiser:
+
+def steered(
+    network: Denoiser, module: Any, companions: Companions, batch: Batch, editing: Conditioning | None = None
+) -> Denoiser:
     """The network with all the guidance of the request around it; `module` is what its layers are looked up in.
 
-    In this order, from within: negative and perturbed, classifier, CLIP and measurement, thresholding.
+    In this order, from within: controls, negative and perturbed, classifier, CLIP and measurement, thresholding.
+    editing: what a model for editing is told instead of text and picture, to be guided by either.
     """
-    request, steering, diffusion = batch.request, batch.request.steering, batch.diffusion
-    scale = plus_plus(batch.levels, request.guidance) if request.plus_plus else request.guidance
+    request, steering, diffusion = batch.request, batch.request.steering, batch.way.diffusion
+    scale: Scale = plus_plus(batch.way.levels, request.guidance) if request.plus_plus else request.guidance
     mix = None
     if steering.projected and scale != 1:
         mix = adaptive_projected(
@@ -115,8 +73,17 @@ def steered(network: Denoiser, module: Any, companions: Companions, batch: Batch
         )
     push = None
     if steering.perturb:
-        push = _in_type(perturbed(module, steering.perturb, steering.perturb_how), module), steering.perturb_scale
-    negative = batch.uncond if companions.weak is None else _in_type(companions.weak, companions.weak)
+        weakened = perturbed(module, steering.perturb, steering.perturb_how)
+        push = _in_type(told(weakened, batch), module), steering.perturb_scale
+    negative: Conditioning | Denoiser = batch.uncond
+    if companions.weak is not None:
+        negative = _uncontrolled(_in_type(by_script(companions.weak, batch), companions.weak))
+    network = told(network, batch)
+    if editing is not None:
+        # e(-, -) + s_I (e(p, i) - e(-, -)) + (s_T - s_I) (e(p, i) - e(n, i)) is eq. 3 of Brooks et al. 2023
+        assert request.given is not None
+        scale, negative = request.given.image_guidance, editing
+        push = _always(network, batch.uncond), request.guidance - scale
     denoiser = guided(
         network, negative, scale, rescale=steering.rescale, interval=steering.interval, mix=mix, perturbed=push
     )
@@ -140,26 +107,64 @@ def steered(network: Denoiser, module: Any, companions: Companions, batch: Batch
     return denoiser
 
 
+def told(network: Denoiser, batch: Batch) -> Denoiser:
+    """The network by the request's controls and prompts."""
+    return by_script(by_controls(network, batch), batch)
+
+
+def by_script(network: Denoiser, batch: Batch) -> Denoiser:
+    """The network told what the prompts say at each step."""
+    return network if batch.script is None else batch.script.around(network)
+
+
+def by_controls(network: Denoiser, batch: Batch) -> Denoiser:
+    """The network steered by the request's controls, each on its stretch of the steps."""
+    controls = batch.request.controls
+    if not controls:
+        return network
+
+    def weight(control: Control) -> float | Callable[[Tensor], Tensor]:
+        if (control.start, control.end) == (0.0, 1.0):
+            return control.weight
+        acts = stretch(batch.way.levels, control.start, control.end)
+        return lambda t: control.weight * acts(t)
+
+    return controlled(network, [(control.model, weight(control)) for control in controls])
+
+
+def hints(batch: Batch, height: int, width: int) -> tuple[Tensor, ...]:
+    """The pictures of the request's controls, [B, C, height, width] each; a pass of another size has them scaled."""
+    found = (batch.each(control.image) for control in batch.request.controls)
+    size = height, width
+    return tuple(hint if hint.shape[2:] == size else interpolated(hint, size, "bilinear") for hint in found)
+
+
 def completing(take: Sampler, given: Given, batch: Batch, known: Tensor) -> Sampler:
     """The sampler that draws where the mask says so and keeps the `known` latents elsewhere.
 
     A latent is drawn anew if any pixel that it stands for is.
     """
     assert given.mask is not None
-    cells = F.adaptive_max_pool2d(batch.of(given.mask).to(known), known.shape[2:])
+    cells = cells_of(batch.of(given.mask), known)
     return repainted(resampled(take, given.jump, given.resample), known, cells)
-
-
-def put_back(given: Given, rows: slice, drawn: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] with the known pixels of those rows as they were given."""
-    assert given.mask is not None
-    image, mask = (value if len(value) == 1 else value[rows] for value in (given.image, given.mask))
-    return torch.lerp(image.to(drawn), drawn, mask.to(drawn))
 
 
 def _measurement(given: Given, batch: Batch) -> Score:
     operator = given.operator()
-    return measured(lambda x0: operator(batch.decode(x0)), batch.of(given.image), given.noise_std, batch.diffusion)
+    return measured(lambda x0: operator(batch.decode(x0)), batch.of(given.image), given.noise_std, batch.way.diffusion)
+
+
+def _always(denoiser: Denoiser, told: Conditioning) -> Denoiser:
+    """The denoiser told this whatever it is told."""
+
+    def fixed(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return denoiser(x, t, told.map(lambda value: value.expand(len(x), *value.shape[1:])))
+
+    return fixed
+
+
+def _uncontrolled(denoiser: Denoiser) -> Denoiser:
+    return lambda x, t, cond: denoiser(x, t, replace(cond, control=()))
 
 
 def _in_type(denoiser: Denoiser, module: Any) -> Denoiser:
@@ -171,15 +176,3 @@ def _in_type(denoiser: Denoiser, module: Any) -> Denoiser:
         return denoiser(x.to(dtype), t, own).to(x.dtype)
 
     return typed
-
-
-_NOISE = ("schedule", "train_steps", "beta_start", "beta_end", "zero_snr", "shift", "dynamic_shift")
-
-
-def _same_noise(path: str | Path, settings: dict[str, Any], diffusion: Diffusion, name: str) -> None:
-    """Raise ValueError unless t means the same noise to both, and outputs of denoisers the same thing."""
-    own = DiffusionConfig(**{k: v for k, v in settings.items() if k in DiffusionConfig.__dataclass_fields__})
-    for key in (*_NOISE, *(["prediction"] if name == "denoiser" else [])):
-        theirs, ours = getattr(own, key), getattr(diffusion.config, key)
-        if theirs != ours:
-            raise ValueError(f"the {name} of {path} was trained with {key}={theirs}, the model with {ours}")

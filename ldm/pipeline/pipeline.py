@@ -2,25 +2,34 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm import __version__
-from ldm.checkpoints.load import load_model
+from ldm.adapters.library import Library, same_for_all
+from ldm.adapters.tuned import load_tuned
 from ldm.diffusion.brownian import BrownianNoise
 from ldm.diffusion.inversion import invert
-from ldm.diffusion.noise import NoiseLevel
+from ldm.diffusion.noise import ImageNoise, NoiseSchedule
 from ldm.diffusion.process import Diffusion, DiffusionConfig, Estimate
-from ldm.diffusion.samplers import Step, canonical, sampler
-from ldm.models.perturbed import select
+from ldm.diffusion.samplers import Sampler, Step, sampler
+from ldm.models.tiling import tile
 from ldm.nn.cpu import for_cpu
-from ldm.pipeline.control import Batch, Companions, completing, put_back, steered
-from ldm.pipeline.request import Request, Steering
-from ldm.types import Conditioning
+from ldm.nn.offload import at_work, offload
+from ldm.pipeline.canvas import cells_of, interpolated, resized
+from ldm.pipeline.checks import check
+from ldm.pipeline.companions import Companions
+from ldm.pipeline.control import Batch, completing, steered
+from ldm.pipeline.given import Given
+from ldm.pipeline.inputs import home, kind_of, reseeded, shown
+from ldm.pipeline.passes import Pass, handed_over, on_the_sphere, passes_of, strength_of, stretch
+from ldm.pipeline.request import Request
+from ldm.pipeline.settings import settings_of
+from ldm.pipeline.told import Teller, wanted_by
+from ldm.types import Conditioning, Denoiser
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +39,9 @@ class Pipeline:
 
     The modules run as they are, where they are: put them in evaluation mode first (`load` does).
     size: side in pixels that the model was trained at. null_prompt: what it was trained to see as "no prompt"; None
-    if that was a conditioning of zeros (SDXL). companions: other models that requests may be steered by; set at will.
+    if that was a conditioning of zeros (SDXL). Raises ValueError for a denoiser of another number of channels than the
+    pipeline knows what to show. Set at will: companions, other models that requests may be steered by, and low_res, the
+    noise on the small picture that a model enlarges, at first that of Stable Diffusion's x4 upscaler.
     """
 
     def __init__(
@@ -50,7 +61,11 @@ class Pipeline:
         self.denoiser: Any = denoiser
         self.diffusion = diffusion
         self.size, self.null_prompt, self.name = size, null_prompt, name
+        low_res = DiffusionConfig(schedule="scaled_linear", beta_start=0.0001, beta_end=0.02)
+        self.low_res: NoiseSchedule = Diffusion.from_config(low_res).schedule
+        self.kind = kind_of(denoiser, autoencoder)
         self.companions = Companions()
+        self.library = Library({"denoiser": self.denoiser, "text": self.text})
 
     @classmethod
     def load(
@@ -61,31 +76,43 @@ class Pipeline:
         prediction: str | None = None,
         ema: bool = False,
         dtype: torch.dtype | None = None,
+        low_memory: bool = False,
     ) -> "Pipeline":
         """Load a text-to-image model of any format; on a CPU, which is slow at anything else, in float32.
 
+        low_memory: the autoencoder in tiles; and on another device than a CPU weights in float16, unless `dtype` says
+        otherwise, each network there only while it works, and the denoiser layer by layer.
         Raises ValueError if there is none, or one without all three parts. See `load_model` for the options.
         """
         parts = ("autoencoder", "text", "denoiser")
-        if dtype is None and torch.device(device).type == "cpu":
-            dtype = torch.float32
-        model = load_model(path, parts, prediction=prediction, ema=ema, dtype=dtype)
+        elsewhere = torch.device(device).type != "cpu"
+        if dtype is None and (low_memory or not elsewhere):
+            dtype = torch.float16 if elsewhere else torch.float32
+        model = load_tuned(path, parts, prediction=prediction, ema=ema, dtype=dtype)
         for note in model.notes:
             log.info("%s: %s", model.name, note)
-        autoencoder, text, denoiser = (for_cpu(part.to(device).eval()) for part in model.require(*parts))
+        resting = "cpu" if low_memory else device
+        autoencoder, text, denoiser = (part.to(resting).eval() for part in model.require(*parts))
+        if low_memory:
+            tile(autoencoder)
+        for part in (autoencoder, text, denoiser):
+            if elsewhere and low_memory:
+                offload(part, device, by_layer=part is denoiser)
+            else:
+                for_cpu(part)
         try:
             diffusion = Diffusion.from_config(DiffusionConfig(**model.settings["diffusion"]))
             size, null_prompt = model.settings["size"], model.settings["null_prompt"]
+            low_res = DiffusionConfig(**model.settings["low_res"]) if "low_res" in model.settings else None
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} was made by another version, its settings do not fit: {error}") from error
-        latent = autoencoder.latent_channels
-        channels = getattr(getattr(denoiser, "config", None), "in_channels", latent)
-        if channels != latent:
-            raise ValueError(
-                f"{path}: its denoiser takes {channels} channels and its latents have {latent}: "
-                "it draws into a given picture, which this pipeline cannot ask for yet"
-            )
-        return cls(autoencoder, text, denoiser, diffusion, size=size, null_prompt=null_prompt, name=model.name)
+        try:
+            pipeline = cls(autoencoder, text, denoiser, diffusion, size=size, null_prompt=null_prompt, name=model.name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if low_res is not None:
+            pipeline.low_res = Diffusion.from_config(low_res).schedule
+        return pipeline
 
     def __call__(self, request: Request, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """Draw every image: [N, 3, H, W] in [-1, 1], float32 on the CPU; progress(steps done, of how many)."""
@@ -98,16 +125,19 @@ class Pipeline:
         return torch.cat(images)
 
     def steps(self, request: Request) -> int:
-        """Steps of each batch: as many as asked for, but for spacing `compvis`, which takes what it can."""
-        return len(self._levels(request, self._latent_shape(request)).t) - 1
+        """Steps of each batch in all its passes.
+
+        As many as asked for, but for spacing `compvis` and strength_steps `part`, which take what they can.
+        """
+        return sum(way.steps for way in self._passes(request))
 
     def pictures(self, request: Request, step: Step) -> Tensor:
         """The pictures [B, 3, H, W] of a batch's last step, in [-1, 1], with the known pixels of a given one."""
         drawn = self.decode(step.x)
-        if request.given is None or request.given.mask is None:
+        if request.given is None:
             return drawn
         start = step.index // self.steps(request) * request.batch
-        return put_back(request.given, slice(start, start + len(drawn)), drawn)
+        return request.given.put_back(drawn, slice(start, start + len(drawn)))
 
     def stream(self, request: Request) -> Iterator[Step]:
         """The steps of the request, batch after batch, numbered through from 0.
@@ -116,10 +146,9 @@ class Pipeline:
         its result, which `pictures` decodes; `decode` shows any x, or the estimate x0 for a preview. Checks the
         request at once, raising ValueError before any work; the caller may stop whenever it likes.
         """
-        shape = self._latent_shape(request)
-        levels = self._levels(request, shape)
-        self._check(request)
-        return self._steps(request, levels, shape)
+        passes = self._passes(request)
+        check(self, request, passes)
+        return self._steps(request, passes)
 
     @torch.inference_mode()
     def decode(self, latent: Tensor) -> Tensor:
@@ -132,144 +161,176 @@ class Pipeline:
 
         Means of the posterior, or with standard normal `noise` of the latents' shape samples of it.
         """
-        device, dtype = _home(self.autoencoder)
+        device, dtype = home(self.autoencoder)
         drawn = () if noise is None else (noise.to(device, dtype),)
-        latent: Tensor = self.autoencoder.encode(image.to(device, dtype), *drawn)
-        return latent.to(_home(self.denoiser)[0]).float()
+        with at_work(self.autoencoder):
+            latent: Tensor = self.autoencoder.encode(image.to(device, dtype), *drawn)
+        return latent.to(home(self.denoiser)[0]).float()
 
     @torch.no_grad()
     def estimate(self, prompts: Sequence[str], shape: Sequence[int]) -> Estimate:
-        """What a sampler calls, for latents [B, *shape] of these B prompts, without guidance."""
-        cond = self._told_sizes(self._encode(list(prompts), len(prompts)), tuple(shape))
+        """What a sampler calls, for latents [B, *shape] of these B prompts, without guidance.
+
+        Raises ValueError for a model that is shown more than prompts.
+        """
+        if self.kind != "plain":
+            raise ValueError(f"{self.name or 'this model'} is for {self.kind}: prompts alone do not make its estimate")
+        with at_work(self.text):
+            told = self._placed(self.text(list(prompts)))
+        cond = self._told_sizes(told, tuple(shape))
         return self.diffusion.for_size(*shape[-2:]).denoise(self._network, cond)
+
+    @property
+    def multiple(self) -> int:
+        """What the width and height of pictures, px, must be multiples of."""
+        return int(self.autoencoder.factor * getattr(self.denoiser, "factor", 1))
+
+    def size_of(self, request: Request) -> tuple[int, int]:
+        """Width and height, px, at which the request is first drawn. Raises ValueError for one that cannot be."""
+        factor, multiple = self.autoencoder.factor, self.multiple
+        given, width, height = request.given, self.size, self.size
+        if given is not None and not given.measure and given.padding is None:
+            height, width = given.image.shape[2:]
+            if self.kind == "enlarging":
+                height, width = height * factor, width * factor
+        width = width if request.width is None else request.width
+        height = height if request.height is None else request.height
+        if min(width, height) < 1 or width % multiple or height % multiple:
+            raise ValueError(f"width and height must be multiples of {multiple} px, got {width}x{height}")
+        return width, height
 
     def settings(self, request: Request, index: int) -> dict[str, Any]:
         """What to write beside image `index`, in the words and order of AUTOMATIC1111."""
-        _, height, width = (self.autoencoder.factor * side for side in self._latent_shape(request))
-        settings: dict[str, Any] = {"Prompt": request.prompts[index], "Negative prompt": request.negative}
-        settings |= {"Steps": request.steps, "Sampler": request.sampler}
-        settings |= {"CFG scale": request.guidance, "Seed": request.seeds[index], "Size": f"{width}x{height}"}
-        settings |= {
-            "Model": self.name,
-            "Spacing": request.spacing or canonical(request.sampler)[1] or self.diffusion.spacing,
-        }
-        settings |= {"Eta": request.eta}
-        if request.variance is not None:
-            settings |= {"Variance": request.variance}
-        if self.companions.weak is not None:
-            settings |= {"Weak model": self.companions.weak_name}
-        for field in fields(Steering):
-            value = getattr(request.steering, field.name)
-            if value != field.default:
-                settings |= {f"Steering {field.name.replace('_', ' ')}": value}
-        if request.given is not None:
-            settings |= {"Given": request.given.way}
-            if request.given.measure:
-                settings |= {"Noise": request.given.noise_std, "Measure scale": request.given.measure_scale}
-        return settings | {"RNG": "CPU", "Version": f"ldm {__version__}"}
+        return settings_of(self, request, index)
+
+    def _passes(self, request: Request) -> list[Pass]:
+        width, height = (side // self.autoencoder.factor for side in self.size_of(request))
+        sizes = [(height, width)]
+        if request.upscale is not None:
+            sizes.append(request.upscale.size_of(height, width, self.multiple // self.autoencoder.factor))
+        shapes = [(self.autoencoder.latent_channels, *size) for size in sizes]
+        return passes_of(request, self.diffusion, shapes, strength_of(request, self.kind))
 
     @torch.no_grad()  # of a generator, torch enters the mode for each step and leaves it at each yield
-    def _steps(self, request: Request, levels: NoiseLevel, shape: tuple[int, ...]) -> Iterator[Step]:
-        device, _ = _home(self.denoiser)
-        diffusion = self.diffusion.for_size(*shape[-2:])
-        distinct = list(dict.fromkeys(request.prompts))
-        encoded = self._encode(distinct, request.batch)
-        row = {prompt: i for i, prompt in enumerate(distinct)}
-        uncond = Conditioning()
-        if self.companions.weak is None and (request.guidance != 1 or request.plus_plus):
-            uncond = self._told_sizes(self._uncond(request.negative), shape)
-        for number, start in enumerate(range(0, len(request.prompts), request.batch)):
-            rows = slice(start, start + request.batch)
-            cond = self._told_sizes(encoded[[row[prompt] for prompt in request.prompts[rows]]], shape)
-            batch = Batch(request, rows, cond, uncond, levels, diffusion, self._decode)
-            noise = BrownianNoise(request.seeds[rows], shape)
-            take, x = sampler(request.sampler, eta=request.eta, variance=request.variance), noise().to(device)
-            if request.given is not None and not request.given.measure:
-                known = self.encode(batch.of(request.given.image))
-                if request.given.mask is not None:
-                    take = completing(take, request.given, batch, known)
-                else:
-                    x = self._noise_of(known, request.given.shows or "", batch)
-            # guidance with momentum remembers its steps: one for each batch
-            denoiser = steered(self._network, self.denoiser, self.companions, batch)
-            denoise = diffusion.denoise(denoiser, cond)
-            for step in take(denoise, x, levels, noise=noise, at=diffusion.schedule.at_ratio):
-                yield Step(number * (len(levels.t) - 1) + step.index, step.x, step.x0)
+    def _steps(self, request: Request, passes: list[Pass]) -> Iterator[Step]:
+        given = None if request.given is None else request.given.at(*self.size_of(request))
+        refiner: Pipeline | None = self.companions.refiner
+        adapters, wanted = wanted_by(request), None
+        tell_refiner = None if refiner is None else refiner._teller(request)
+        done = 0
+        for start in range(0, len(request.prompts), request.batch):
+            rows, before = slice(start, start + request.batch), None
+            if wanted != (wanted := same_for_all(adapters[rows])):
+                self.library.use(wanted)
+                tell = self._teller(request, negative=self.companions.weak is None)
+            for way in passes:
+                batch = self._batch(request, rows, way, given, tell)
+                batch, editing = shown(self, batch)
+                # guidance with momentum remembers its steps: one for each pass of each batch
+                denoiser = steered(self._network, self.denoiser, self.companions, batch, editing)
+                if refiner is not None and tell_refiner is not None:
+                    denoiser = refiner._refining(denoiser, self.companions, batch, tell_refiner)
+                with at_work(self.denoiser):
+                    for step in self._draw(batch, way.diffusion.denoise(denoiser, batch.cond), before):
+                        yield Step(done + step.index, step.x, step.x0)
+                done, before = done + way.steps, step.x
 
-    def _check(self, request: Request) -> None:
-        """Raise ValueError for what this model cannot do with the request."""
-        self.companions.check(request)
-        if canonical(request.sampler)[0] == "tcd" and self.diffusion.config.schedule == "edm":
-            raise ValueError("tcd counts timesteps from 0, which schedule edm has not; use another sampler")
-        if request.steering.perturb:
-            select(self.denoiser, request.steering.perturb, request.steering.perturb_how)
-        if request.variance == "learned" and self.diffusion.config.variance == "fixed":
-            raise ValueError("variance 'learned' needs a model that learned it; this one did not: small or large")
-        given = request.given
-        if given is None:
-            return
-        _, height, width = (self.autoencoder.factor * side for side in self._latent_shape(request))
-        seen = torch.zeros(1, 3, height, width)
-        needed = given.operator()(seen).shape[2:] if given.measure else seen.shape[2:]
-        if given.image.shape[2:] != needed:
-            sizes = (f"{w}x{h}" for h, w in (given.image.shape[2:], needed))
-            raise ValueError("the given picture is {} px, and must be {}".format(*sizes))
+    def _draw(self, batch: Batch, denoise: Estimate, before: Tensor | None) -> Iterator[Step]:
+        """The steps of one pass; `before` is the result of the one before."""
+        request, way, given = batch.request, batch.way, batch.given
+        noise = BrownianNoise(_seeds(batch.seeds, before), way.shape)
+        x = noise()
+        if request.variation is not None:
+            others = _seeds(request.variation.seeds[batch.rows], before)
+            x = on_the_sphere(x, ImageNoise(others, way.shape)(), request.variation.strength)
+        x = x.to(home(self.denoiser)[0])
+        take: Sampler = sampler(request.sampler, eta=request.eta, variance=request.variance)
+        if before is not None:
+            x = way.diffusion.add_noise(self._enlarged(before, way.shape, request), x, way.levels[0])
+        elif given is not None:
+            keeps = given.mask is not None and self.kind != "inpainting"
+            begins = strength_of(request, self.kind) is not None
+            if keeps or begins or given.shows is not None:
+                known = self.encode(batch.of(given.image))
+            if keeps:
+                take = completing(take, given, batch, known)
+            if given.shows is not None:
+                x = self._noise_of(known, given.shows, batch)
+            if begins:
+                x = way.diffusion.add_noise(self._begun(known, given, batch), x, way.levels[0])
+        return take(denoise, x, way.levels, noise=noise, at=way.diffusion.schedule.at_ratio)
+
+    def _begun(self, known: Tensor, given: Given, batch: Batch) -> Tensor:
+        """The latents that drawing starts from: the known ones, but for what the masked part is filled with."""
+        if given.fill == "original":
+            return known
+        if given.fill == "fill":
+            return self.encode(batch.of(given.filled()))
+        assert given.mask is not None
+        filling = torch.zeros_like(known)
+        if given.fill == "noise":
+            filling = ImageNoise(reseeded(batch.seeds, "fill"), batch.way.shape)().to(known)
+        return torch.lerp(known, filling, cells_of(batch.of(given.mask), known))
+
+    def _enlarged(self, latent: Tensor, shape: tuple[int, ...], request: Request) -> Tensor:
+        """The result of a pass at the size of the next."""
+        assert request.upscale is not None
+        if request.upscale.how != "lanczos":
+            return interpolated(latent, shape[-2:], request.upscale.how)
+        height, width = (side * self.autoencoder.factor for side in shape[-2:])
+        return self.encode(resized(self._decode(latent).clamp(-1, 1), width, height).clamp(-1, 1))
+
+    def _refining(self, first: Denoiser, companions: Companions, batch: Batch, tell: Teller) -> Denoiser:
+        """A denoiser of another pipeline, and this one's for the last steps: by prompts, without controls."""
+        own = self._batch(_without_layers(batch.request), batch.rows, batch.way, batch.given, tell)
+        second = steered(self._network, self.denoiser, replace(companions, weak=None), own)
+        return handed_over(first, second, own.cond, stretch(batch.way.levels, batch.request.switch))
 
     def _noise_of(self, known: Tensor, shows: str, batch: Batch) -> Tensor:
         """The noise that draws the known latents with the prompt they show, without guidance, on the same levels."""
         rows = len(batch.prompts)
         x = known.expand(rows, *known.shape[1:])
-        for step in invert(self.estimate([shows] * rows, known.shape[1:]), x, batch.levels):
+        for step in invert(self.estimate([shows] * rows, known.shape[1:]), x, batch.way.levels):
             x = step.x
         return x
 
-    def _levels(self, request: Request, shape: tuple[int, ...]) -> NoiseLevel:
-        spacing = request.spacing or canonical(request.sampler)[1]
-        return self.diffusion.for_size(*shape[-2:]).trajectory(request.steps, spacing)
-
     def _network(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         # the network runs in its own type, the sampler's sums in float32
-        output: Tensor = self.denoiser(x.to(_home(self.denoiser)[1]), t, cond)
-        return output.to(x.dtype)
+        output: Tensor = self.denoiser(x.to(home(self.denoiser)[1]), t, cond)
+        return output.to(x)
 
     def _decode(self, latent: Tensor) -> Tensor:
-        device, dtype = _home(self.autoencoder)
-        image: Tensor = self.autoencoder.decode(latent.to(device, dtype))
+        device, dtype = home(self.autoencoder)
+        with at_work(self.autoencoder):
+            image: Tensor = self.autoencoder.decode(latent.to(device, dtype))
         return image.float()
 
-    def _encode(self, prompts: list[str], batch: int) -> Conditioning:
-        device, dtype = _home(self.denoiser)
-        parts = [self.text(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
-        return Conditioning.cat(parts).map(lambda v: v.to(device, dtype if v.is_floating_point() else v.dtype))
+    def _teller(self, request: Request, *, negative: bool = True) -> Teller:
+        guided = request.guidance != 1 or request.plus_plus or self.kind == "editing"
+        return Teller(self.text, request, self._placed, self.null_prompt, negative=negative and guided)
 
-    def _uncond(self, negative: str) -> Conditioning:
-        if negative or self.null_prompt is not None:
-            return self._encode([negative or self.null_prompt or ""], 1)
-        return self._encode([""], 1).map(lambda v: torch.zeros_like(v) if v.is_floating_point() else v)
+    def _batch(self, request: Request, rows: slice, way: Pass, given: Given | None, tell: Teller) -> Batch:
+        told = tell(rows, way.levels)
+        cond, uncond = (self._told_sizes(c, way.shape) for c in (told.cond, told.uncond))
+        return Batch(request, rows, way, given, cond, uncond, told.script, self._decode)
+
+    def _placed(self, told: Conditioning) -> Conditioning:
+        device, dtype = home(self.denoiser)
+        return told.map(lambda v: v.to(device, dtype if v.is_floating_point() else v.dtype))
 
     def _told_sizes(self, cond: Conditioning, shape: tuple[int, ...]) -> Conditioning:
-        """With the sizes that SDXL asks for."""
-        if not getattr(getattr(self.denoiser, "config", None), "size_dim", 0):
+        """With the sizes that SDXL asks for; an empty one stays so."""
+        if cond.context is None or not getattr(getattr(self.denoiser, "config", None), "size_dim", 0):
             return cond
         height, width = (side * self.autoencoder.factor for side in shape[-2:])
         return cond.sized(height, width)
 
-    def _latent_shape(self, request: Request) -> tuple[int, ...]:
-        factor: int = self.autoencoder.factor
-        multiple = factor * getattr(self.denoiser, "factor", 1)
-        height, width = (self.size, self.size)
-        if request.given is not None and not request.given.measure:
-            height, width = request.given.image.shape[2:]
-        height = height if request.height is None else request.height
-        width = width if request.width is None else request.width
-        if min(width, height) < 1 or width % multiple or height % multiple:
-            raise ValueError(f"width and height must be multiples of {multiple} px, got {width}x{height}")
-        return self.autoencoder.latent_channels, height // factor, width // factor
+
+def _seeds(seeds: tuple[int, ...], before: Tensor | None) -> tuple[int, ...]:
+    """Of a pass: a second one has noise of its own."""
+    return seeds if before is None else reseeded(seeds, "second pass")
 
 
-def _home(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a module is and the type it computes in."""
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            return parameter.device, parameter.dtype
-    return torch.device("cpu"), torch.float32
+def _without_layers(request: Request) -> Request:
+    """What the refiner draws of a request: neither controls nor perturbed layers, which are of the first network."""
+    return replace(request, controls=(), steering=replace(request.steering, perturb=""))

@@ -3,16 +3,24 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
 from ldm.diffusion.guidance import check_guidance
-from ldm.diffusion.restoration import Operator, blur, downscale
 from ldm.diffusion.samplers import canonical, sampler
 from ldm.diffusion.samplers.names import says_plus_plus
 from ldm.names import known
+from ldm.pipeline.given import Given
+from ldm.prompts.grammar import parse
 
-MEASURES = ("downscale", "blur")
+UPSCALERS = {
+    "nearest": "Latent (nearest-exact)",
+    "bilinear": "Latent (antialiased)",
+    "bicubic": "Latent (bicubic antialiased)",
+    "lanczos": "Lanczos",
+}
+"""Ways to upscale, and what AUTOMATIC1111 calls them."""
 
 
 def pairs(prompts: Sequence[str], count: int = 1, seed: int = 0) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -64,75 +72,75 @@ class Steering:
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
-    """A picture to go by, in one of three ways: with a mask, a measure or what it shows.
+class Control:
+    """A ControlNet or T2I-adapter and the picture that it steers by, such as edges.
 
-    image [1 or N, 3, H, W] in [-1, 1]: N as many as the request's.
-    mask [1 or N, 1, H, W] in 0..1: 1 is drawn anew, 0 stays as it is, to the pixel.
-    measure: "downscale:4" or "blur:2.5" (pixels): the image is this of the picture that is asked for.
-    shows: the prompt that fits the image; its noise is found first, and the request's prompt drawn from that.
+    model: the network, where and in the type it is to run. image [1 or N, C, H, W] in [0, 1], of the request's size.
+    start, end: the share of the steps at which it begins and ends. name: what the pictures' settings call it.
     """
 
+    model: Any
     image: Tensor
-    mask: Tensor | None = None
-    resample: int = 1  # mask: times to go down each stretch of `jump` steps, so that the parts agree (RePaint)
-    jump: int = 10
-    measure: str = ""
-    noise_std: float = 0.0  # of the measurement
-    measure_scale: float = 1.0
-    shows: str | None = None
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    name: str = ""
 
     def __post_init__(self) -> None:
-        ways = (self.mask is not None) + bool(self.measure) + (self.shows is not None)
-        if ways != 1:
-            raise ValueError(f"a given picture needs one of mask, measure and what it shows; got {ways} of them")
-        if self.image.ndim != 4 or self.image.shape[1] != 3:
-            raise ValueError(f"a given picture must be [1 or N, 3, H, W], got {[*self.image.shape]}")
-        if self.mask is not None:
-            _check_mask(self.mask, self.image)
-        elif self.resample != 1:
-            raise ValueError(f"resample={self.resample} goes with a mask")
-        if not (math.isfinite(self.measure_scale) and 0 <= self.noise_std < math.inf):
+        if self.image.ndim != 4:
+            raise ValueError(f"the picture of a control must be [1 or N, C, H, W], got {[*self.image.shape]}")
+        if not (self.image.min() >= 0 and self.image.max() <= 1):
             raise ValueError(
-                f"measure_scale must be finite and noise_std 0 or more, got {self.measure_scale} and {self.noise_std}"
+                f"the picture of a control must be in 0..1, got {self.image.min():.4g}..{self.image.max():.4g}"
             )
-        if self.resample < 1 or self.jump < 1:
-            raise ValueError(f"resample and jump must be at least 1, got {self.resample} and {self.jump}")
-        if self.measure:
-            self.operator()
-
-    @property
-    def way(self) -> str:
-        """How it is gone by, in a few words."""
-        if self.mask is not None:
-            return "mask" if self.resample == 1 else f"mask, {self.resample} times by {self.jump} steps"
-        return self.measure or f"shows {self.shows}"
-
-    def operator(self) -> Operator:
-        """What `measure` says. Raises ValueError for anything else."""
-        word, _, number = self.measure.partition(":")
-        known("measure", word, MEASURES)
-        try:
-            return downscale(int(number)) if word == "downscale" else blur(float(number))
-        except ValueError as error:
-            raise ValueError(
-                f"measure must be downscale:FACTOR or blur:RADIUS, got {self.measure!r} ({error})"
-            ) from error
-
-
-def _check_mask(mask: Tensor, image: Tensor) -> None:
-    if mask.ndim != 4 or mask.shape[1] != 1:
-        raise ValueError(f"a mask must be [1 or N, 1, H, W], got {[*mask.shape]}")
-    if mask.shape[2:] != image.shape[2:]:
-        sizes = (f"{w}x{h}" for h, w in (mask.shape[2:], image.shape[2:]))
-        raise ValueError("the mask is {} px and the picture {}; they must be of one size".format(*sizes))
-    if not (mask.min() >= 0 and mask.max() <= 1):
-        raise ValueError(f"a mask must be in 0..1, got {mask.min():.4g}..{mask.max():.4g}")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"the weight of a control must be a finite number, got {self.weight}")
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(f"a control acts from a share of the steps to a later one, got {self.start}..{self.end}")
 
 
 @dataclass(frozen=True)
+class Variation:
+    """Other start noise near that of the request's seeds: its way towards the noise of seeds[i], on the sphere."""
+
+    seeds: tuple[int, ...]  # one an image
+    strength: float  # 0 is the request's own noise, 1 that of these seeds
+
+    def __post_init__(self) -> None:
+        _check_seeds("variation seeds", self.seeds)
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"the strength of a variation must be in 0..1, got {self.strength}")
+
+
+@dataclass(frozen=True)
+class Upscale:
+    """A second pass at a larger size: the first one's result scaled, noised to `strength` and drawn on."""
+
+    scale: float = 2.0  # of each side, to the nearest size that the model can draw
+    strength: float = 0.7  # in (0, 1], as that of a given picture
+    how: str = "bicubic"  # latents by nearest, bilinear, bicubic; pixels, decoded and encoded again, by lanczos
+    steps: int | None = None  # None is as many as in the first pass
+
+    def __post_init__(self) -> None:
+        known("way to upscale", self.how, UPSCALERS)
+        if not 1 <= self.scale < math.inf:
+            raise ValueError(f"the scale to upscale by must be at least 1, got {self.scale}")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"the strength after upscaling must be above 0 and at most 1, got {self.strength}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps after upscaling must be at least 1, got {self.steps}")
+
+    def size_of(self, height: int, width: int, multiple: int) -> tuple[int, int]:
+        """The height and width to scale to, of latents, each the nearest multiple."""
+        return round(height * self.scale / multiple) * multiple, round(width * self.scale / multiple) * multiple
+
+
+@dataclass(frozen=True, eq=False)
 class Request:
     """What to draw: one image per (prompt, seed). Raises ValueError, saying what is allowed, when made.
+
+    Prompts and the negative are in AUTOMATIC1111's grammar: (weights:1.2), [from:to:0.5], [a|b], AND, BREAK,
+    <lora:name:0.8>; with `plain` they are text alone, and too long ones lose their tail.
 
     Image i depends on its own prompt and seed, not on what else is asked for. On one machine that holds to the
     byte at batch 1; in larger batches torch may sum in another order, which moves values by some 1e-6 and now
@@ -142,6 +150,8 @@ class Request:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     negative: str = ""  # "" means the model's own null prompt
+    plain: bool = False  # brackets and words in capitals are text like any other
+    clip_skip: int | None = None  # last blocks of the text encoder to leave out; None is as the model was trained
     steps: int = 50
     sampler: str = "ddim"
     eta: float = 0.0  # ddim: share of noise drawn anew each step
@@ -149,6 +159,11 @@ class Request:
     guidance: float = 5.0  # 1 turns it off
     steering: Steering = Steering()
     given: Given | None = None
+    depth: Tensor | None = None  # [1 or N, 1, H, W], near is high: for models that are shown it
+    controls: tuple[Control, ...] = ()
+    variation: Variation | None = None
+    upscale: Upscale | None = None
+    switch: float = 0.8  # the share of the steps after which the pipeline's refiner, if it has one, takes over
     spacing: str | None = None  # None means what the sampler's name says ("DPM++ 2M Karras"), or the model's own
     width: int | None = None  # px; None means the size of the given picture, or the size the model was trained at
     height: int | None = None
@@ -159,8 +174,9 @@ class Request:
             raise ValueError(f"prompts must be a tuple of one or more prompts, got {self.prompts!r}")
         if len(self.prompts) != len(self.seeds):
             raise ValueError(f"each image needs a prompt and a seed, got {len(self.prompts)} and {len(self.seeds)}")
-        if not all(0 <= seed < 2**63 for seed in self.seeds):
-            raise ValueError(f"seeds must be in 0..2^63-1, got {min(self.seeds)}..{max(self.seeds)}")
+        _check_seeds("seeds", self.seeds)
+        if self.variation is not None and len(self.variation.seeds) != len(self.seeds):
+            raise ValueError(f"give {len(self.seeds)} variation seeds, one an image, not {len(self.variation.seeds)}")
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"steps and batch must be at least 1, got {self.steps} and {self.batch}")
         sampler(self.sampler, eta=self.eta, variance=self.variance)
@@ -171,10 +187,31 @@ class Request:
             raise ValueError(
                 "momentum remembers each step, also those that dpm_adaptive takes back; use another sampler"
             )
+        if not 0 < self.switch < 1:
+            raise ValueError(f"the switch to the refiner must be a share of the steps in 0..1, got {self.switch}")
+        if self.plain and self.clip_skip is not None:
+            raise ValueError("plain prompts are read as the model was trained: without clip_skip")
+        if not self.plain:
+            for prompt in dict.fromkeys(self.prompts):
+                parse(prompt)
+            parse(self.negative, negative=True)
+        self._check_pictures()
+
+    def _check_pictures(self) -> None:
+        pictures = [(f"picture for control {i}", control.image) for i, control in enumerate(self.controls)]
+        if self.depth is not None:
+            pictures.append(("depth", self.depth))
+            if self.depth.ndim != 4 or self.depth.shape[1] != 1:
+                raise ValueError(f"a depth must be [1 or N, 1, H, W], got {[*self.depth.shape]}")
         if self.given is not None:
-            for name, value in (("picture", self.given.image), ("mask", self.given.mask)):
-                if value is not None and len(value) not in (1, len(self.prompts)):
-                    raise ValueError(f"give 1 {name}, or one an image: {len(self.prompts)}, not {len(value)}")
+            pictures.append(("picture", self.given.image))
+            if self.given.mask is not None:
+                pictures.append(("mask", self.given.mask))
+            if self.upscale is not None and not self.given.plain:
+                raise ValueError(f"upscale goes with prompts and plain pictures, not with {self.given.way}")
+        for name, value in pictures:
+            if len(value) not in (1, len(self.prompts)):
+                raise ValueError(f"give 1 {name}, or one an image: {len(self.prompts)}, not {len(value)}")
 
     @property
     def plus_plus(self) -> bool:
@@ -185,3 +222,8 @@ class Request:
     def batches(self) -> int:
         """How many batches its images make."""
         return -(-len(self.prompts) // self.batch)
+
+
+def _check_seeds(name: str, seeds: tuple[int, ...]) -> None:
+    if not all(0 <= seed < 2**63 for seed in seeds):
+        raise ValueError(f"{name} must be in 0..2^63-1, got {min(seeds)}..{max(seeds)}")

@@ -11,6 +11,7 @@ from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.mmdit import MMDiT, MMDiTConfig
+from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.text import TextConfig, TextEncoder, TextPair, TextPairConfig
 from ldm.models.unet import UNet, UNetConfig
 from tests.parity.reference import randomised
@@ -54,6 +55,7 @@ def make(family: str, channels: int = 32) -> LoadedModel:
         "controlnet": {
             "controlnet": randomised(ControlNet(ControlNetConfig(UNetConfig(**small), hint_widths=(8, 16))))
         },
+        "t2i_adapter": {"t2i_adapter": randomised(T2IAdapter(T2IAdapterConfig((8, 16, 16))))},
         "dit": {"denoiser": randomised(DiT(DiTConfig(width=72, depth=2, heads=1, classes=5)))},
         "diffusers dit": {
             "denoiser": randomised(

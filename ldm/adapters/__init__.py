@@ -1,0 +1,1 @@
+"""Changes to a finished model from outside: low-rank adapters and learned words."""

@@ -1,0 +1,75 @@
+"""Runs that hold only what was put on a base model, an adapter or a word: what they keep, and their loading."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.adapters.adapter import Adapter
+from ldm.adapters.files import read
+from ldm.adapters.lora import merge
+from ldm.adapters.textual_inversion import teach
+from ldm.checkpoints import textual_inversion
+from ldm.checkpoints.files import save_tensors
+from ldm.checkpoints.load import base_of, find_model, load_model
+from ldm.checkpoints.model import LoadedModel, cast, weights_sha256
+from ldm.checkpoints.textual_inversion import PAIR, SINGLE, TextualInversion
+
+ADAPTER, WORD = "adapter.safetensors", "word.safetensors"
+"""Files in the model folder of such a run."""
+
+
+def save_adapter(adapter: Adapter, path: Path) -> None:
+    """Write an adapter under its native names, as `ldm.adapters.files` reads it; equal ones give equal bytes."""
+    tensors = {
+        f"{component}.{module}.{factor}": tensor
+        for component, part in adapter.parts.items()
+        for module, factors in part.items()
+        for factor, tensor in factors.items()
+    }
+    networks = {name: {"kind": kind, "config": asdict(config)} for name, (kind, config) in adapter.networks.items()}
+    save_tensors(path, tensors, {"components": networks})
+
+
+def save_word(inversion: TextualInversion, path: Path) -> None:
+    """Write a learned word as `ldm.checkpoints.textual_inversion` reads it; equal ones give equal bytes."""
+    names = PAIR if len(inversion.vectors) > 1 else (SINGLE,)
+    save_tensors(path, dict(zip(names, inversion.vectors, strict=True)), {"word": inversion.word})
+
+
+def load_tuned(
+    path: str | Path,
+    names: Sequence[str] | None = None,
+    *,
+    prediction: str | None = None,
+    ema: bool = False,
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
+    """As `load_model`, of a run that holds only an adapter or a word too: its base, with that in it.
+
+    Raises ValueError if the base is not where it was, or has other weights than the run was trained on.
+    """
+    found = find_model(path)
+    base = base_of(found)
+    if base is None:
+        return load_model(path, names, prediction=prediction, ema=ema, dtype=dtype)
+    try:
+        model = load_model(base["model"], names, prediction=prediction)
+    except ValueError as error:
+        raise ValueError(f"{found} stands on the model {base['model']}: {error}") from error
+    for name, module in model.components.items():
+        if base["sha256"].get(name, "") != weights_sha256(module):
+            raise ValueError(f"{found} was trained on another model than is in {base['model']} now: its {name} differs")
+    if (found / ADAPTER).is_file():
+        adapter = read(found / ADAPTER, model.components)
+        parts: Mapping[str, Any] = {name: part for name, part in adapter.parts.items() if name in model.components}
+        merge(model.components, Adapter(parts, adapter.networks))
+    if (found / WORD).is_file() and "text" in model.components:
+        inversion = textual_inversion.read(found / WORD)
+        teach(model.components["text"], inversion.word, inversion.vectors)
+    for module in model.components.values():
+        cast(module, dtype)
+    settings = base["settings"]
+    return LoadedModel({**model.components}, settings, settings.get("name", model.name), found, notes=model.notes)

@@ -1,0 +1,62 @@
+"""What diffusers and TencentARC's own files call the parts of a T2I-adapter."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ldm.checkpoints.layouts.table import Entry, Shapes, entries, fixed
+from ldm.models.t2i_adapter import T2IAdapterConfig
+
+
+def diffusers(config: T2IAdapterConfig, keys: Iterable[str]) -> list[Entry]:
+    """The table for T2IAdapter."""
+    modules = [("conv_in", "adapter.conv_in")]
+    for i in range(len(config.channels)):
+        modules.append((f"levels.{i}.project", f"adapter.body.{i}.in_conv"))
+        for j in range(config.blocks):
+            block = f"adapter.body.{i}.resnets.{j}.block"
+            modules += [(f"levels.{i}.blocks.{j}.conv{k}", f"{block}{k}") for k in (1, 2)]
+    return entries(keys, modules)
+
+
+def original(config: T2IAdapterConfig, keys: Iterable[str]) -> list[Entry]:
+    """The table for TencentARC's files: all blocks in one row, a level's change of width in its first block."""
+    modules = [("conv_in", "conv_in")]
+    for i in range(len(config.channels)):
+        modules.append((f"levels.{i}.project", f"body.{i * config.blocks}.in_conv"))
+        for j in range(config.blocks):
+            block = f"body.{i * config.blocks + j}.block"
+            modules += [(f"levels.{i}.blocks.{j}.conv{k}", f"{block}{k}") for k in (1, 2)]
+    return entries(keys, modules)
+
+
+def from_diffusers(words: Mapping[str, Any], source: str) -> T2IAdapterConfig:
+    """From the config.json of a T2IAdapter. Raises ValueError, naming `source`, for another kind of it."""
+    fixed(words, {"adapter_type": ("full_adapter",)}, source)
+    return T2IAdapterConfig(
+        tuple(words["channels"]), words["num_res_blocks"], words["in_channels"], words["downscale_factor"]
+    )
+
+
+def to_diffusers(config: T2IAdapterConfig) -> dict[str, Any]:
+    """The config.json of a T2IAdapter."""
+    return {
+        "_class_name": "T2IAdapter",
+        "adapter_type": "full_adapter",
+        "channels": list(config.channels),
+        "num_res_blocks": config.blocks,
+        "in_channels": config.hint_channels,
+        "downscale_factor": config.factor,
+    }
+
+
+def infer(shapes: Shapes) -> T2IAdapterConfig:
+    """The config of TencentARC's file from names and shapes: 8 px a latent, 2 blocks a level, as all of them have.
+
+    Raises ValueError for a file with other blocks: light adapters and those for SDXL.
+    """
+    count = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"body\.(\d+)\.block1\.weight", name)))
+    widths = [shapes[f"body.{i}.block1.weight"][0] for i in range(count)]
+    if "conv_in.weight" not in shapes or count % 2 or widths[::2] != widths[1::2]:
+        raise ValueError("it is a T2I-adapter of another kind than those of full size for Stable Diffusion 1 and 2")
+    return T2IAdapterConfig(tuple(widths[::2]), 2, shapes["conv_in.weight"][1] // 64, 8)

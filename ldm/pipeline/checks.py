@@ -1,0 +1,122 @@
+"""What a pipeline cannot do with a request, said before any work."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ldm.adapters.library import same_for_all
+from ldm.diffusion.samplers import canonical
+from ldm.models.controlnet import ControlNet
+from ldm.models.perturbed import select
+from ldm.models.t2i_adapter import T2IAdapter
+from ldm.models.unet import UNet
+from ldm.pipeline.companions import check_noise
+from ldm.pipeline.inputs import check_kind
+from ldm.pipeline.passes import Pass, stretch
+from ldm.pipeline.request import Control, Request
+from ldm.pipeline.told import wanted_by
+from ldm.prompts.encode import check_skip
+
+if TYPE_CHECKING:
+    from ldm.pipeline.pipeline import Pipeline
+
+
+def check(pipeline: "Pipeline", request: Request, passes: Sequence[Pass]) -> None:
+    """Raise ValueError for what this pipeline cannot do with the request."""
+    steering, config = request.steering, pipeline.diffusion.config
+    _check_prompts(pipeline, request)
+    pipeline.companions.check(request)
+    if canonical(request.sampler)[0] == "tcd" and config.schedule == "edm":
+        raise ValueError("tcd counts timesteps from 0, which schedule edm has not; use another sampler")
+    if steering.perturb:
+        select(pipeline.denoiser, steering.perturb, steering.perturb_how)
+    if request.variance == "learned" and config.variance == "fixed":
+        raise ValueError("variance 'learned' needs a model that learned it; this one did not: small or large")
+    check_kind(pipeline.kind, request, getattr(getattr(pipeline.denoiser, "config", None), "classes", 0))
+    if pipeline.companions.weak is not None and pipeline.kind == "editing":
+        raise ValueError("guidance for editing is by text and picture; a weak model has no part in it")
+    _check_sizes(pipeline, request)
+    for i, control in enumerate(request.controls):
+        try:
+            _check_control(pipeline, control)
+            for way in passes:
+                stretch(way.levels, control.start, control.end)
+        except ValueError as error:
+            raise ValueError(f"control {i} ({control.name or type(control.model).__name__}): {error}") from error
+    if pipeline.companions.refiner is not None:
+        _check_refiner(pipeline, pipeline.companions.refiner)
+        for way in passes:
+            stretch(way.levels, request.switch)
+
+
+def _check_prompts(pipeline: "Pipeline", request: Request) -> None:
+    """Raise ValueError for adapters that are not there or differ within a batch, and for a clip skip too many."""
+    check_skip(pipeline.text, request.clip_skip)
+    wanted = wanted_by(request)
+    for start in range(0, len(wanted), request.batch):
+        pipeline.library.check(same_for_all(wanted[start : start + request.batch]))
+
+
+def _check_sizes(pipeline: "Pipeline", request: Request) -> None:
+    """Raise ValueError for a picture of another size than what is drawn."""
+    width, height = pipeline.size_of(request)
+    given, factor = request.given, pipeline.autoencoder.factor
+    pictures = [(f"picture of control {i}", control.image) for i, control in enumerate(request.controls)]
+    if request.depth is not None:
+        pictures.append(("depth", request.depth))
+    if given is not None and given.padding is None and not given.measure and pipeline.kind != "enlarging":
+        pictures.append(("given picture", given.image))
+    wanted = [(name, picture, (height, width)) for name, picture in pictures]
+    if given is not None and given.measure:
+        seen = given.operator()(torch.zeros(1, 3, height, width))
+        wanted.append(("given picture", given.image, (seen.shape[2], seen.shape[3])))
+    if given is not None and pipeline.kind == "enlarging":
+        wanted.append(("given picture", given.image, (height // factor, width // factor)))
+    if given is not None and given.padding is not None:
+        given.boxes(width, height)
+    for name, picture, size in wanted:
+        if tuple(picture.shape[2:]) != size:
+            sizes = (f"{w}x{h}" for h, w in (picture.shape[2:], size))
+            raise ValueError("the {} is {} px, and must be {}".format(name, *sizes))
+
+
+def _check_control(pipeline: "Pipeline", control: Control) -> None:
+    """Raise ValueError unless the network fits the U-Net and the picture the network."""
+    network, denoiser = control.model, pipeline.denoiser
+    if not isinstance(network, ControlNet | T2IAdapter):
+        raise ValueError(f"a {type(network).__name__} is neither a ControlNet nor a T2I-adapter")
+    if not isinstance(denoiser, UNet):
+        raise ValueError(f"it steers a U-Net, and this model's denoiser is a {type(denoiser).__name__}")
+    config = denoiser.config
+    levels = tuple(config.channels * multiplier for multiplier in config.multipliers)
+    if isinstance(network, T2IAdapter):
+        theirs, ours = network.config.channels, levels
+    else:
+        own = network.encoder.config
+        theirs, ours = (*network.encoder.skip_widths, own.context_dim), (*denoiser.skip_widths, config.context_dim)
+    if theirs != ours:
+        raise ValueError(
+            f"it was made for another base model: widths {list(theirs)}, and this model's are {list(ours)}"
+        )
+    factor = pipeline.autoencoder.factor
+    if network.hint_factor != factor:
+        raise ValueError(f"it is told {network.hint_factor} px a latent, and this model's autoencoder has {factor}")
+    if control.image.shape[1] != network.config.hint_channels:
+        raise ValueError(f"its picture has {network.config.hint_channels} channels, not {control.image.shape[1]}")
+
+
+def _check_refiner(pipeline: "Pipeline", refiner: "Pipeline") -> None:
+    """Raise ValueError unless the refiner has the same latents and noise."""
+    name, ours, theirs = f"the refiner {refiner.name}", pipeline.autoencoder, refiner.autoencoder
+    if refiner.kind != "plain":
+        raise ValueError(f"{name} is a model for {refiner.kind}; a refiner goes by prompts alone")
+    if (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
+        raise ValueError(f"{name} has latents of other channels or another factor")
+    for statistic in ("latent_mean", "latent_std"):
+        own, other = (getattr(a, statistic, torch.zeros(1)).float().cpu() for a in (ours, theirs))
+        if not torch.allclose(own, other, rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{name} has other latents: its {statistic} is not the model's")
+    check_noise(name, refiner.diffusion.config, pipeline.diffusion.config, outputs=True)
+    if refiner.diffusion.config.variance != pipeline.diffusion.config.variance:
+        raise ValueError(f"{name} and the model must both say their variance, or neither")

@@ -1,0 +1,1 @@
+"""Prompts as people write them: their grammar, what the text encoder makes of it at each step, and their files."""
