@@ -65,6 +65,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_written_config_reads_back_equal(kind: str, tmp_path: Path) -> None:
     extra = {"denoising": ["task.autoencoder=a", "task.text=t"], "classifier": ["task.autoencoder=a"]}.get(kind, [])
+    extra = ["task.model=m", "task.method=full"] if kind == "finetuning" else extra
     config = load_config(RunConfig, [], [*BASE, f"task.kind={kind}", *extra])
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert load_config(RunConfig, [tmp_path / "c.yaml"], []) == config

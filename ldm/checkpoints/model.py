@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, LatentSpace
 from ldm.models.classifier import NoisyClassifier, NoisyClassifierConfig
 from ldm.models.clip import ImageConfig, ImageEncoder
 from ldm.models.controlnet import ControlNet, ControlNetConfig
@@ -122,7 +122,7 @@ def cast(module: nn.Module, dtype: torch.dtype | None) -> None:
     """Have a component's floats in that type; None leaves them."""
     if dtype is None:
         return
-    if not isinstance(module, AutoencoderKL | AutoencoderVQ):
+    if not isinstance(module, LatentSpace):
         module.to(dtype)
         return
     mean, std = module.latent_mean.float(), module.latent_std.float()

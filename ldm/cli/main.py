@@ -6,9 +6,10 @@ import sys
 
 import typer
 
-from ldm.cli import data, evaluate, runs
+from ldm.cli import adapter, data, evaluate, runs
 from ldm.cli.average import average
 from ldm.cli.convert import convert, inspect
+from ldm.cli.finetune import finetune
 from ldm.cli.generate import generate
 from ldm.cli.train import train
 
@@ -25,11 +26,13 @@ def application() -> typer.Typer:
     )
     app.add_typer(data.app, name="data", help="Turn captioned pictures into shards, and look into them.")
     app.command()(train)
+    app.command()(finetune)
     app.add_typer(runs.app, name="runs", help="Training runs: how they stand, side by side, as a page.")
     app.command()(average)
     app.command()(generate)
     app.command()(convert)
     app.command()(inspect)
+    app.add_typer(adapter.app, name="adapter", help="LoRA and its kin: merge, extract, resize, convert.")
     app.add_typer(evaluate.app, name="evaluate", help="Measure a model.")
     return app
 

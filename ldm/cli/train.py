@@ -2,9 +2,12 @@
 
 import signal
 from contextlib import suppress
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ldm.training.run import RunConfig
 
 
 def train(
@@ -31,9 +34,7 @@ def train(
     finished; 75 stopped and saved, run it again to go on; 1 an error, in one line; 70 no progress, and who held it up.
     """
     from ldm.config import load_config
-    from ldm.training.ranks import part
-    from ldm.training.run import RunConfig, describe, run
-    from ldm.training.stopping import SIGNALS, STOPPED
+    from ldm.training.run import RunConfig, describe
 
     files = [w for w in words if "=" not in w]
     overrides = [w for w in words if "=" in w]
@@ -43,13 +44,23 @@ def train(
     if dry_run:
         typer.echo(describe(config, tflops))
     else:
-        state = run(config)
-        if state.stopped:
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN)  # a launcher ends all others as soon as one has gone
-        part()
-        if state.accelerator.is_main_process:
-            with suppress(OSError):  # whoever no longer listens learns it from the exit status
-                typer.echo(f"{config.out}: at step {state.step}; the model is its newest checkpoint")
-        if state.stopped:
-            raise typer.Exit(STOPPED)
+        go(config)
+
+
+def go(config: "RunConfig") -> bool:
+    """Run it and say where the model is -> whether this is the main process. Exits with status 75 where it stopped."""
+    from ldm.training.ranks import part
+    from ldm.training.run import run
+    from ldm.training.stopping import SIGNALS, STOPPED
+
+    state = run(config)
+    if state.stopped:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # a launcher ends all others as soon as one has gone
+    part()
+    if state.accelerator.is_main_process:
+        with suppress(OSError):  # whoever no longer listens learns it from the exit status
+            typer.echo(f"{config.out}: at step {state.step}; the model is its newest checkpoint")
+    if state.stopped:
+        raise typer.Exit(STOPPED)
+    return bool(state.accelerator.is_main_process)

@@ -155,13 +155,17 @@ class Diffusion:
         noise: Tensor,
         u: Tensor,
         more: More | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of each sample, the mean over its values: x0, noise [B, C, H, W], u [B] -> [B].
 
         `noise` is standard normal, `u` uniform in [0, 1). The caller draws both, from each sample's own seed, and
-        with `more(purpose, shape)` what coupling, noise_offset and input_perturbation need besides.
+        with `more(purpose, shape)` what coupling, noise_offset and input_perturbation need besides. mask [B, 1, H, W]
+        in [0, 1]: how much each pixel counts in that mean; with objective simple alone, else ValueError.
         """
         config, level, channels = self.config, self.levels(u), x0.shape[1]
+        if mask is not None and config.objective != "simple":
+            raise ValueError(f"a mask of the loss needs objective 'simple', not {config.objective!r}")
         noise = self._noise(x0, noise, more)
         x = self.add_noise(x0, noise, level)
         if config.input_perturbation:
@@ -171,7 +175,7 @@ class Diffusion:
         output = denoiser(x, _told(level, x0), cond)
         predicted, v = output[:, :channels], output[:, channels:] if config.variance == "learned_range" else None
         error = predicted - target(self.prediction, x0, noise, level)
-        each = squared_or_huber(error, config.huber).flatten(1).mean(1)
+        each = _mean(squared_or_huber(error, config.huber), mask)
         simple = self.weight(level).to(each) * each
         if config.objective == "simple":
             return simple
@@ -278,6 +282,14 @@ def _check(config: DiffusionConfig) -> None:
         raise ValueError(f"sigma_min must be below sigma_max, got {config.sigma_min} and {config.sigma_max}")
     if not -1 <= config.mode_scale <= MODE_SCALE_MAX:
         raise ValueError(f"mode_scale must be in -1..{MODE_SCALE_MAX:.2f}, got {config.mode_scale}")
+
+
+def _mean(errors: Tensor, mask: Tensor | None) -> Tensor:
+    """errors [B, C, H, W] -> each sample's mean [B], weighted by mask [B, 1, H, W]; 0 where that is 0 all over."""
+    if mask is None:
+        return errors.flatten(1).mean(1)
+    weights = mask.to(errors).expand_as(errors).flatten(1)
+    return (weights * errors.flatten(1)).sum(1) / weights.sum(1).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def _told(level: NoiseLevel, x: Tensor) -> Tensor:

@@ -127,27 +127,23 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class AutoencoderKL(nn.Module):
-    """Pictures in [-1, 1] to latents of zero mean and unit variance, and back.
+class LatentSpace(nn.Module):
+    """What autoencoders have in common: they own the shift and scale of their latents, one per channel.
 
-    The model owns the shift and scale of its latents (`latent_mean`, `latent_std`, one per channel),
-    so nobody else handles a raw latent. They are measured in training; Stable Diffusion's single
-    factor 0.18215 is mean 0, std 1 / 0.18215. Files keep them in float32 beside weights of any type.
+    So nobody else handles a raw latent. `latent_mean` and `latent_std` are measured in training; Stable Diffusion's
+    single factor 0.18215 is mean 0, std 1 / 0.18215. Files keep them in float32 beside weights of any type.
     """
 
+    config: AutoencoderConfig
+    encoder: nn.Module
+    quant: nn.Module
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, config: AutoencoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        c = config.latent_channels
-        self.encoder = Encoder(config)
-        self.quant = nn.Conv2d(2 * c, 2 * c, 1) if config.quant else nn.Identity()
-        self.post_quant = nn.Conv2d(c, c, 1) if config.quant else nn.Identity()
-        self.decoder = Decoder(config)
-        self.register_buffer("latent_mean", torch.zeros(c, 1, 1))
-        self.register_buffer("latent_std", torch.ones(c, 1, 1))
+    def measure_latents(self, mean: Tensor, std: Tensor) -> None:
+        """Register the statistics, [C, 1, 1] each."""
+        self.register_buffer("latent_mean", mean)
+        self.register_buffer("latent_std", std)
 
     @property
     def factor(self) -> int:
@@ -158,11 +154,38 @@ class AutoencoderKL(nn.Module):
     def latent_channels(self) -> int:
         return self.config.latent_channels
 
-    def posterior(self, image: Tensor) -> Posterior:
-        """image [B, 3, H, W] in [-1, 1], H and W multiples of `factor` -> distribution of raw latents."""
+    def encoded(self, image: Tensor) -> Tensor:
+        """image [B, 3, H, W] in [-1, 1] -> what the encoder says. Raises ValueError unless `factor` divides H and W."""
         if image.shape[-1] % self.factor or image.shape[-2] % self.factor:
             raise ValueError(f"picture size {image.shape[-1]}x{image.shape[-2]} must be a multiple of {self.factor}")
-        return Posterior.from_moments(self.quant(self.encoder(image)))
+        said: Tensor = self.quant(self.encoder(image))
+        return said
+
+    def normalised(self, raw: Tensor) -> Tensor:
+        """Raw latents -> latents of zero mean and unit variance."""
+        return ((raw - self.latent_mean) / self.latent_std).to(raw.dtype)
+
+    def raw_of(self, latent: Tensor) -> Tensor:
+        """The way back."""
+        return (latent * self.latent_std + self.latent_mean).to(latent.dtype)
+
+
+class AutoencoderKL(LatentSpace):
+    """Pictures in [-1, 1] to latents of zero mean and unit variance, and back."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config.latent_channels
+        self.encoder = Encoder(config)
+        self.quant = nn.Conv2d(2 * c, 2 * c, 1) if config.quant else nn.Identity()
+        self.post_quant = nn.Conv2d(c, c, 1) if config.quant else nn.Identity()
+        self.decoder = Decoder(config)
+        self.measure_latents(torch.zeros(c, 1, 1), torch.ones(c, 1, 1))
+
+    def posterior(self, image: Tensor) -> Posterior:
+        """image [B, 3, H, W] in [-1, 1], H and W multiples of `factor` -> distribution of raw latents."""
+        return Posterior.from_moments(self.encoded(image))
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """image [B, 3, H, W] in [-1, 1] -> normalised latent [B, C, H / f, W / f].
@@ -170,12 +193,11 @@ class AutoencoderKL(nn.Module):
         With standard normal `noise` of the latent's shape it is a sample of the posterior, else its mean.
         """
         posterior = self.posterior(image)
-        raw = posterior.mean if noise is None else posterior.sample(noise)
-        return ((raw - self.latent_mean) / self.latent_std).to(raw.dtype)
+        return self.normalised(posterior.mean if noise is None else posterior.sample(noise))
 
     def decode(self, latent: Tensor) -> Tensor:
         """normalised latent [B, C, h, w] -> image [B, 3, h f, w f], near [-1, 1] but not clamped."""
-        return self.decoder(self.post_quant((latent * self.latent_std + self.latent_mean).to(latent.dtype)))
+        return self.decoder(self.post_quant(self.raw_of(latent)))
 
     def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
         """The training path: image, noise -> (reconstruction, posterior)."""

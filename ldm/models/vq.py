@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.autoencoder import AutoencoderConfig, Decoder, Encoder
+from ldm.models.autoencoder import AutoencoderConfig, Decoder, Encoder, LatentSpace
 
 CHUNK = 4096  # latents whose distances to all codes are held at a time
 SMOOTHING = 1e-5  # counts added to every code, so that an unused one can be divided by
@@ -125,15 +125,12 @@ def perplexity(counts: Tensor) -> Tensor:
     return (-torch.special.xlogy(share, share).sum()).exp()
 
 
-class AutoencoderVQ(nn.Module):
+class AutoencoderVQ(LatentSpace):
     """Pictures in [-1, 1] to latents of zero mean and unit variance, and back through a codebook.
 
     As in latent diffusion (Rombach et al. 2022, sec. 3.1) the latents are those before the codebook, and `decode`
     moves them to their nearest codes: a denoiser works in a continuous space. Its interface is AutoencoderKL's.
     """
-
-    latent_mean: Tensor
-    latent_std: Tensor
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -146,38 +143,20 @@ class AutoencoderVQ(nn.Module):
         self.codebook = Codebook(config.codebook, c)
         self.post_quant = nn.Conv2d(c, c, 1) if config.quant else nn.Identity()
         self.decoder = Decoder(config)
-        self.register_buffer("latent_mean", torch.zeros(c, 1, 1))
-        self.register_buffer("latent_std", torch.ones(c, 1, 1))
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent pixel, along each side."""
-        return 2 ** (len(self.config.multipliers) - 1)
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.latent_channels
-
-    def raw(self, image: Tensor) -> Tensor:
-        """image [B, 3, H, W] in [-1, 1], H and W multiples of `factor` -> raw latents [B, C, H / f, W / f]."""
-        if image.shape[-1] % self.factor or image.shape[-2] % self.factor:
-            raise ValueError(f"picture size {image.shape[-1]}x{image.shape[-2]} must be a multiple of {self.factor}")
-        return self.quant(self.encoder(image))
+        self.measure_latents(torch.zeros(c, 1, 1), torch.ones(c, 1, 1))
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """image [B, 3, H, W] in [-1, 1] -> normalised latent [B, C, H / f, W / f], not yet quantised.
 
         There is nothing to sample: `noise` is taken as AutoencoderKL's is, and changes nothing.
         """
-        raw = self.raw(image)
-        return ((raw - self.latent_mean) / self.latent_std).to(raw.dtype)
+        return self.normalised(self.encoded(image))
 
     def decode(self, latent: Tensor) -> Tensor:
         """normalised latent [B, C, h, w] -> image [B, 3, h f, w f] of its nearest codes, near [-1, 1], not clamped."""
-        raw = (latent * self.latent_std + self.latent_mean).to(latent.dtype)
-        return self.decoder(self.post_quant(self.codebook(raw).codes))
+        return self.decoder(self.post_quant(self.codebook(self.raw_of(latent)).codes))
 
     def forward(self, image: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Quantized]:
         """The training path: image -> (reconstruction, latents before and after the codebook)."""
-        latent = self.codebook(self.raw(image))
+        latent = self.codebook(self.encoded(image))
         return self.decoder(self.post_quant(latent.straight_through())), latent

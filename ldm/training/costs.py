@@ -93,7 +93,7 @@ class Trial:
 
     def _passes(self, between: Callable[[], None] = lambda: None) -> None:
         changing = list(self.task.buffers())  # and what a part that is trained changes by itself, such as a codebook
-        for name in self.task.trained:
+        for name in () if self.task.partial else self.task.trained:
             changing += [p for p in getattr(self.task, name).parameters() if not p.requires_grad]
         before = [tensor.clone() for tensor in changing]
         for _, loss, _ in self.task.losses(self.batch, self.step):
@@ -110,7 +110,7 @@ def summarise(task: Task, data: list[ShardReader], config: TrainConfig, data_con
     flop, samples = Trial(task, data, config, data_config).flop(), sum(map(len, data))
     return Summary(
         parameters={name: _count(module) for name, module in task.components().items()},
-        trained=sum(_count(getattr(task, name)) for name in task.trained),
+        trained=_kept(task) if task.partial else sum(_count(getattr(task, name)) for name in task.trained),
         flop_per_sample=flop,
         flop=flop * config.samples,
         data=", ".join(data_config.paths),
@@ -124,7 +124,7 @@ def memory_bytes(task: Task, config: TrainConfig) -> dict[str, float]:
     trained = [p for name in task.trained for p in getattr(task, name).parameters() if p.requires_grad]
     numbers = sum(p.numel() for p in trained)
     found = {
-        "weights": 4.0 * _count(task),
+        "weights": float(sum(p.numel() * p.element_size() for p in task.parameters())),
         "gradients": 4.0 * numbers,
         "optimizer": optimizer_bytes(trained, config.optimizer),
         "averages": 4.0 * numbers * _averages(config),
@@ -146,8 +146,8 @@ def optimizer_bytes(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
 def checkpoint_bytes(task: Task, config: TrainConfig) -> float:
     """The size of one checkpoint: what is trained with its averages and optimizer, and the model of all components."""
     memory = memory_bytes(task, config)
-    own = 4.0 * sum(_count(getattr(task, name)) for name in task.trained)
-    model = 4.0 * sum(_count(module) for module in task.components().values())
+    own = 4.0 * _kept(task)
+    model = own if task.partial else 4.0 * sum(_count(module) for module in task.components().values())
     return own + memory["averages"] + memory["optimizer"] + model
 
 
@@ -174,7 +174,7 @@ def estimate(task: Task, data: list[ShardReader], config: TrainConfig, data_conf
     checkpoint = checkpoint_bytes(task, config)
     steps = -(-config.samples // config.batch_size)
     snapshots = -(-steps // config.snapshot_steps) if config.snapshot_steps else 0  # the last step has one, too
-    disk = (config.keep + 1) * checkpoint
+    disk = (config.keep + 1 + config.best) * checkpoint
     disk += snapshots * len(config.snapshot_sigmas) * memory["gradients"]  # of the size of the trained parameters
     halved = " (in 16 bits between half and all of that)" if config.precision != "no" else ""
     parts = ", ".join(f"{what} {_size(count)}" for what, count in memory.items())
@@ -192,6 +192,11 @@ def estimate(task: Task, data: list[ShardReader], config: TrainConfig, data_conf
 
 def _averages(config: TrainConfig) -> int:
     return 1 + len(config.ema_decays) + (len(config.snapshot_sigmas) if config.snapshot_steps else 0)
+
+
+def _kept(task: Task) -> int:
+    """Numbers that a checkpoint keeps of what is trained, to go on from it."""
+    return sum(tensor.numel() for name in task.trained for tensor in task.kept(getattr(task, name)).values())
 
 
 def _count(module: nn.Module) -> int:

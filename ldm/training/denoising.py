@@ -6,9 +6,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
+from data_pipeline.config import DataConfig
+from data_pipeline.precompute import TEXT
 from ldm.checkpoints.load import load_model
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.models.autoencoder import AutoencoderKL
@@ -38,7 +41,21 @@ ARCHITECTURES: dict[str, Callable[[Any], nn.Module]] = {"unet": UNet, "dit": DiT
 
 
 @dataclass(frozen=True)
-class DenoisingTaskConfig(TaskConfig):
+class LatentTaskConfig(TaskConfig):
+    """What every training of a denoiser is told of captions and previews."""
+
+    dropout: float = 0.1  # share of captions replaced by the null prompt, for classifier-free guidance
+    previews: tuple[str, ...] = ()  # prompts; seeds are 0, 1, 2, ...
+    preview_steps: int = 25
+    preview_guidance: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"task.dropout must be in [0, 1), not {self.dropout}")
+
+
+@dataclass(frozen=True)
+class DenoisingTaskConfig(LatentTaskConfig):
     """The denoiser, the noise, and where the frozen models come from."""
 
     kind: str = "denoising"
@@ -51,64 +68,48 @@ class DenoisingTaskConfig(TaskConfig):
     dit: DiTConfig = field(default_factory=DiTConfig)
     mmdit: MMDiTConfig = field(default_factory=MMDiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    dropout: float = 0.1  # share of captions replaced by the null prompt, for classifier-free guidance
     null_prompt: str = ""
-    previews: tuple[str, ...] = ()  # prompts; seeds are 0, 1, 2, ...
-    preview_steps: int = 25
-    preview_guidance: float = 4.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known("task.architecture", self.architecture, ARCHITECTURES)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"task.dropout must be in [0, 1), not {self.dropout}")
         if self.text == NEW and not self.train_text:
             raise ValueError("task.text=new is a text encoder that has learned nothing: task.train_text=true as well")
 
 
-class DenoisingTask(Task):
-    """Trains a denoiser to undo noise on latents, told the text (Rombach et al. 2022, eq. 3).
+class LatentTask(Task):
+    """What every training of a denoiser has in common: latents, noise, captions, validation and previews.
 
-    The text encoder is frozen, or learns too: then the two are "joint.text" and "joint.denoiser" of what is trained.
+    denoiser: the network that pictures are drawn with; trained: the submodule that has it, or is it. null_prompt: what
+    dropped captions become; None: a conditioning of zeros. reads: whether the prompts are read within the trained
+    submodule, as they are when the text encoder, or a word of it, learns.
     """
 
     trained = ("denoiser",)
+    reads: bool = False
+    denoiser: nn.Module
+    source: str  # where the autoencoder is from
 
-    def __init__(self, config: DenoisingTaskConfig, *, size: int, seed: int) -> None:
+    def __init__(
+        self, config: LatentTaskConfig, autoencoder: nn.Module, text: nn.Module, diffusion: DiffusionConfig, size: int
+    ) -> None:
         super().__init__()
-        self.config, self.size, self.seed = config, size, seed
-        (autoencoder,) = load_model(config.autoencoder, ["autoencoder"], dtype=torch.float32).require("autoencoder")
         assert isinstance(autoencoder, AutoencoderKL | AutoencoderVQ)
-        self.autoencoder, self.text = autoencoder, _text_encoder(config)
-        freeze(autoencoder), freeze(self.text)
-        self.network: Any = getattr(config, config.architecture)
-        self.diffusion = Diffusion.from_config(config.diffusion).for_size(*[size // autoencoder.factor] * 2)
-        self._check_fit()
-        self.denoiser = ARCHITECTURES[config.architecture](self.network)
-        if config.train_text:
-            self.joint, self.trained = JointDenoiser(self.text, self.denoiser), ("joint",)
+        self.about, self.size = config, size
+        self.autoencoder, self.text = autoencoder, text
+        freeze(autoencoder), freeze(text)
+        if size % autoencoder.factor:
+            raise ValueError(f"picture size {size} must be a multiple of the latent factor {autoencoder.factor}")
+        self.diffusion = Diffusion.from_config(diffusion).for_size(*[size // autoencoder.factor] * 2)
+        self.null_prompt: str | None = ""
         self._embeddings: dict[str, Conditioning] = {}
         self._latents_checked = False
         self.importance = LossSecondMoment()
-        if config.diffusion.timesteps == "loss_second_moment":
+        if diffusion.timesteps == "loss_second_moment":
             self.remembered = ("importance",)
 
-    def _check_fit(self) -> None:
-        """Raise ValueError, before any work, where the denoiser cannot work with the frozen models."""
-        if self.size % self.autoencoder.factor:
-            raise ValueError(
-                f"picture size {self.size} must be a multiple of the latent factor {self.autoencoder.factor}"
-            )
-        latent, text = self.autoencoder.latent_channels, cast(Any, self.text)
-        said = latent if self.config.diffusion.variance == "fixed" else 2 * latent
-        needed = {"in_channels": latent, "out_channels": said, "classes": 0}
-        needed |= {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
-        for name, value in needed.items():
-            given = getattr(self.network, name, 0)
-            optional = name == "pooled_dim" and given == 0 and self.config.architecture != "mmdit"
-            if given != value and not optional:
-                raise ValueError(
-                    f"task.{self.config.architecture}.{name} is {given}; the frozen models and captions need {value}"
-                )
+    def check_data(self, config: DataConfig) -> None:
+        """Raise ValueError where batches made as `config` says would not hold what the task needs."""
 
     def losses(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, Metrics]]:
         loss = self._loss(batch, step)
@@ -125,29 +126,33 @@ class DenoisingTask(Task):
         random = SampleRandomness(self.seed, batch.positions, batch.image.device)
         latent, cond = self._encode(batch, random, dropout=0.0)
         u = (torch.arange(len(batch), device=latent.device) + 0.5) / len(batch)
-        loss = self._diffused(latent, cond, random, u)
+        loss = self._diffused(latent, cond, random, u, batch.mask)
         fifths = loss[self.diffusion.for_size(*latent.shape[-2:]).levels(u).t.argsort(stable=True)].tensor_split(5)
         split = {f"loss/{k}": fifth.mean() for k, fifth in enumerate(fifths)} if len(batch) >= 5 else {}
         return {"loss": loss.mean(), **split}
 
     def preview(self, batch: Batch) -> Tensor | None:
-        if not self.config.previews:
+        prompts = self.preview_prompts()
+        if not prompts:
             return None
         request = Request(
-            prompts=tuple(self.config.previews),
-            seeds=tuple(range(len(self.config.previews))),
-            steps=self.config.preview_steps,
-            guidance=self.config.preview_guidance,
+            prompts=prompts,
+            seeds=tuple(range(len(prompts))),
+            steps=self.about.preview_steps,
+            guidance=self.about.preview_guidance,
         )
-        pipeline = Pipeline(
-            self.autoencoder,
-            self.text,
-            bare(self.denoiser),
-            self.diffusion,
-            size=self.size,
-            null_prompt=self.config.null_prompt,
+        return self.pipeline()(request)
+
+    def preview_prompts(self) -> tuple[str, ...]:
+        """What the previews show, in the order of the sheet."""
+        return tuple(self.about.previews)
+
+    def pipeline(self) -> Pipeline:
+        """What draws with the models as they stand."""
+        denoiser = bare(self.denoiser)
+        return Pipeline(
+            self.autoencoder, self.text, denoiser, self.diffusion, size=self.size, null_prompt=self.null_prompt
         )
-        return pipeline(request)
 
     def components(self) -> dict[str, nn.Module]:
         return {"autoencoder": self.autoencoder, "text": self.text, "denoiser": bare(self.denoiser)}
@@ -155,37 +160,42 @@ class DenoisingTask(Task):
     def settings(self) -> dict[str, object]:
         return {
             "size": self.size,
-            "diffusion": asdict(self.config.diffusion),
-            "null_prompt": self.config.null_prompt,
-            "caption_dropout": self.config.dropout,
+            "diffusion": asdict(self.diffusion.config),
+            "null_prompt": self.null_prompt,
+            "caption_dropout": self.about.dropout,
             "text": text_record(self.text),
         }
 
     def _loss(self, batch: Batch, step: int) -> Tensor:
         """[B]: the diffusion loss of every sample."""
         random = SampleRandomness(self.seed, batch.positions, batch.image.device)
-        latent, cond = self._encode(batch, random, self.config.dropout)
+        latent, cond = self._encode(batch, random, self.about.dropout)
         u = random.uniform("timestep")
         if not self.remembered:
-            return self._diffused(latent, cond, random, u)
+            return self._diffused(latent, cond, random, u, batch.mask)
         u, weight = self.importance.draw(u, step)
-        loss = self._diffused(latent, cond, random, u)
+        loss = self._diffused(latent, cond, random, u, batch.mask)
         self.importance.learn(u, loss)
         return weight * loss
 
-    def _diffused(self, latent: Tensor, cond: Conditioning, random: SampleRandomness, u: Tensor) -> Tensor:
+    def _diffused(
+        self, latent: Tensor, cond: Conditioning, random: SampleRandomness, u: Tensor, mask: Tensor | None
+    ) -> Tensor:
         noise = random.normal("noise", tuple(latent.shape[1:]))
         diffusion = self.diffusion.for_size(*latent.shape[-2:])
-        return diffusion.loss(getattr(self, self.trained[0]), latent, cond, noise=noise, u=u, more=random.normal)
+        network = getattr(self, self.trained[0])
+        if mask is not None:  # a latent pixel counts as much as the pixels it stands for, in the mean
+            mask = F.adaptive_avg_pool2d(mask, (latent.shape[-2], latent.shape[-1]))
+        return diffusion.loss(network, latent, cond, noise=noise, u=u, more=random.normal, mask=mask)
 
     @torch.no_grad()
     def _encode(self, batch: Batch, random: SampleRandomness, dropout: float) -> tuple[Tensor, Conditioning]:
-        cond = self._told(batch, [u < dropout for u in random.fractions("caption dropout")])
+        cond = self._told(batch, self._dropped(random, dropout))
         if batch.moments is None:
             height, width = (side // self.autoencoder.factor for side in batch.image.shape[-2:])
         else:
             height, width = batch.moments.shape[-2:]
-        if getattr(self.network, "size_dim", 0):
+        if getattr(bare(self.denoiser).config, "size_dim", 0):
             cond = replace(cond, sizes=self._sizes(batch, height, width))
         noise = random.normal("posterior", (self.autoencoder.latent_channels, height, width))
         if batch.moments is None:
@@ -195,9 +205,17 @@ class DenoisingTask(Task):
             latent = latents_of(self.autoencoder, batch.moments, noise)
         if not self._latents_checked:
             self._latents_checked = True
-            if (warning := misfit(latent, self.config.autoencoder)) is not None:
+            if (warning := misfit(latent, self.source)) is not None:
                 log.warning("%s", warning)
-        return latent, cond
+        return latent, self._shown(batch, cond, random, dropout)
+
+    def _dropped(self, random: SampleRandomness, dropout: float) -> list[bool]:
+        """[B]: whose captions are dropped, which happens with that probability."""
+        return [u < dropout for u in random.fractions("caption dropout")]
+
+    def _shown(self, batch: Batch, cond: Conditioning, random: SampleRandomness, dropout: float) -> Conditioning:
+        """The conditioning with what else the denoiser is told, besides the text; here nothing."""
+        return cond
 
     def _sizes(self, batch: Batch, height: int, width: int) -> Tensor:
         """[B, 6], as in a batch; for latents of height x width of pictures that were never larger, nor cropped."""
@@ -208,9 +226,9 @@ class DenoisingTask(Task):
 
     def _told(self, batch: Batch, dropped: list[bool]) -> Conditioning:
         """What the text encoder makes of the captions, or made of them before; `dropped` [B] get the null prompt."""
-        null = self.config.null_prompt
+        null = self.null_prompt or ""
         prompts = [null if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
-        if self.config.train_text:
+        if self.reads:
             if batch.text:
                 raise ValueError(
                     "task.train_text: data.cache holds what the text encoder said before it learned; "
@@ -219,23 +237,67 @@ class DenoisingTask(Task):
             return Unread(prompts=tuple(prompts))
         if not batch.text:
             told: Conditioning = self.text(prompts)
-            return told
-        rows: dict[str, Any] = dict(batch.text)
+            return told if self.null_prompt is not None else self._replaced(told, self._unconditional(), dropped)
         empty = [not caption and not drop for drop, caption in zip(dropped, batch.captions, strict=True)]
-        for prompt, where in ((null, dropped), ("", empty)):
-            if any(where):
-                known, chosen = self._embedding(prompt), to_device(torch.tensor(where), batch.image.device)
-                rows = {
-                    name: torch.where(chosen.view(-1, *[1] * (v.dim() - 1)), getattr(known, name).to(v), v)
-                    for name, v in rows.items()
-                }
-        return Conditioning(**rows)
+        rows: dict[str, Any] = dict(batch.text)
+        stored = self._replaced(Conditioning(**rows), self._unconditional(), dropped)
+        return self._replaced(stored, self._embedding(""), empty)
+
+    def _unconditional(self) -> Conditioning:
+        """What the denoiser is told where a caption is dropped: one row."""
+        if self.null_prompt is not None:
+            return self._embedding(self.null_prompt)
+        return self._embedding("").map(lambda v: torch.zeros_like(v) if v.is_floating_point() else v)
+
+    @staticmethod
+    def _replaced(cond: Conditioning, row: Conditioning, where: list[bool]) -> Conditioning:
+        """The conditioning, its rows there replaced by the given one."""
+        if not any(where):
+            return cond
+        changed: dict[str, Any] = {}
+        for name in TEXT:
+            if (values := getattr(cond, name)) is not None:
+                chosen = to_device(torch.tensor(where), values.device).view(-1, *[1] * (values.dim() - 1))
+                changed[name] = torch.where(chosen, getattr(row, name).to(values), values)
+        return replace(cond, **changed)
 
     def _embedding(self, prompt: str) -> Conditioning:
         """Of one prompt that comes again and again, computed once."""
         if prompt not in self._embeddings:
             self._embeddings[prompt] = self.text([prompt])
         return self._embeddings[prompt]
+
+
+class DenoisingTask(LatentTask):
+    """Trains a denoiser to undo noise on latents, told the text (Rombach et al. 2022, eq. 3).
+
+    The text encoder is frozen, or learns too: then the two are "joint.text" and "joint.denoiser" of what is trained.
+    """
+
+    def __init__(self, config: DenoisingTaskConfig, *, size: int, seed: int) -> None:
+        (autoencoder,) = load_model(config.autoencoder, ["autoencoder"], dtype=torch.float32).require("autoencoder")
+        super().__init__(config, autoencoder, _text_encoder(config), config.diffusion, size)
+        self.config, self.seed, self.source, self.null_prompt = config, seed, config.autoencoder, config.null_prompt
+        network = getattr(config, config.architecture)
+        self._check_fit(network)
+        self.denoiser = ARCHITECTURES[config.architecture](network)
+        if config.train_text:
+            self.text.requires_grad_(True)
+            self.joint, self.trained, self.reads = JointDenoiser(self.text, self.denoiser), ("joint",), True
+
+    def _check_fit(self, network: Any) -> None:
+        """Raise ValueError, before any work, where the denoiser cannot work with the frozen models."""
+        latent, text = self.autoencoder.latent_channels, cast(Any, self.text)
+        said = latent if self.config.diffusion.variance == "fixed" else 2 * latent
+        needed = {"in_channels": latent, "out_channels": said, "classes": 0}
+        needed |= {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
+        for name, value in needed.items():
+            given = getattr(network, name, 0)
+            optional = name == "pooled_dim" and given == 0 and self.config.architecture != "mmdit"
+            if given != value and not optional:
+                raise ValueError(
+                    f"task.{self.config.architecture}.{name} is {given}; the frozen models and captions need {value}"
+                )
 
 
 def _text_encoder(config: DenoisingTaskConfig) -> nn.Module:

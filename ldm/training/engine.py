@@ -64,16 +64,21 @@ class TrainConfig:
     preview_steps: int = 500
     save_steps: int = 500
     keep: int = 2  # checkpoints
+    best: bool = False  # keep the checkpoint of the lowest validation loss besides; each is then validated
     max_skips: int = 10  # steps in a row with a loss or a gradient that is not finite, before the run gives up
     timeout_seconds: float = 1800.0  # without progress in any process, before the run gives up
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the loop looks at now and then: held-out samples, and those to picture."""
+    """What the loop looks at now and then: held-out samples, and those to picture.
+
+    forgetting: the base model's own samples, in fine-tuning: a loss that rises there tells what is forgotten.
+    """
 
     validation: Batch | None
     preview: Batch
+    forgetting: Batch | None = None
 
 
 def train(
@@ -101,6 +106,7 @@ def train(
     reporter = Reporter(out, wanted=main)
     start_trackers(accelerator, out, state.step, flat(asdict(config)))
     means, stop = Means(), StopSignal()
+    inspected = inspection.validation is not None or inspection.forgetting is not None
     skips = Skips(config.max_skips, scaled=accelerator.scaler is not None)
     saves = Saves(out, config.keep, saved=state.step if resumed else -1)
 
@@ -149,9 +155,11 @@ def train(
                 numbers |= {"lr": lr, **rates(state.optimizers), **meter.read(state.ranks, total_steps - state.step)}
                 console.show(state.step, numbers)
                 _write(metrics, state, "train", numbers)
-            if inspection.validation is not None and every(config.validate_steps):
+            if inspected and (every(config.validate_steps) or (config.best and every(config.save_steps))):
                 state.mark("validating")
-                numbers = validate(state, inspection.validation)
+                numbers = inspect(state, inspection)
+                if config.best and "loss" in numbers:
+                    state.held_out = (state.step, numbers["loss"])
                 console.show(state.step, {f"validation {k}": v for k, v in numbers.items()})
                 _write(metrics, state, "validation", numbers)
                 reporter.update()
@@ -242,6 +250,16 @@ def update(state: TrainState, batch: Batch, config: TrainConfig, means: Means) -
     return Outcome(skipped, finite, [micro.keys for micro in batch.split(len(finite))])
 
 
+def inspect(state: TrainState, inspection: Inspection) -> dict[str, float]:
+    """The numbers of the held-out samples, and those of the base model's own under "kept/"."""
+    numbers: dict[str, float] = {}
+    if inspection.validation is not None:
+        numbers |= validate(state, inspection.validation)
+    if inspection.forgetting is not None:
+        numbers |= {f"kept/{name}": value for name, value in validate(state, inspection.forgetting).items()}
+    return numbers
+
+
 @torch.no_grad()
 def validate(state: TrainState, batch: Batch) -> dict[str, float]:
     """Means over `batch` with the averaged weights; every rank computes the same."""
@@ -258,7 +276,7 @@ def preview(state: TrainState, batch: Batch, out: Path) -> None:
     with state.averaged(), _evaluating(state.task):
         images = state.task.preview(batch.to(state.accelerator.device))
     if images is not None and state.accelerator.is_main_process:
-        columns = 8 if len(images) > 4 else len(images)
+        columns = state.task.columns or (8 if len(images) > 4 else len(images))
         path = out / "previews" / f"step-{state.step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet = grid(images.float().cpu(), columns, scale=max(1, 128 // images.shape[-1]))

@@ -1,5 +1,6 @@
 """A text encoder that learns with the denoiser, from the denoiser's loss (Rombach et al. 2022, eq. 3)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,12 +24,24 @@ class JointDenoiser(nn.Module):
         super().__init__()
         self.text, self.denoiser = text, denoiser
         config: Any = denoiser.config
-        _learn(text, pooled=config.pooled_dim > 0)
+        leave_unreached(text, pooled=config.pooled_dim > 0)
 
     def forward(self, x: Tensor, t: Tensor, cond: Unread) -> Tensor:
         """x [B, C, H, W], t [B], B prompts -> raw prediction [B, C, H, W]."""
         output: Tensor = self.denoiser(x, t, _read(self.text, cond))
         return output
+
+
+class TaughtDenoiser(JointDenoiser):
+    """The same, both frozen, with the vectors of a word that the text encoder was taught, which alone learn."""
+
+    def __init__(self, text: nn.Module, denoiser: nn.Module, vectors: Sequence[nn.Parameter]) -> None:
+        super().__init__(text, denoiser)
+        self.vectors = nn.ParameterList(vectors)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Unread) -> Tensor:
+        """As it is; a pass whose prompts do not have the word reaches its vectors too, with no gradient."""
+        return super().forward(x, t, cond) + 0.0 * torch.stack([v.sum() for v in self.vectors]).sum()
 
 
 @torch.compiler.disable  # the words of a batch are no constants, for which the compiler would take them
@@ -37,13 +50,15 @@ def _read(text: nn.Module, cond: Unread) -> Conditioning:
     return replace(told, sizes=cond.sizes, label=cond.label, concat=cond.concat, control=cond.control)
 
 
-def _learn(text: nn.Module, *, pooled: bool) -> None:
-    """Have those parameters learn that reach what a denoiser is told.
+def leave_unreached(text: nn.Module, *, pooled: bool) -> None:
+    """Of the parameters that are to learn, freeze those that do not reach what a denoiser is told.
 
     Blocks beyond the context's layer, say, or a projection into a space that it does not use, stay as they are: they
     would never have a gradient, and DDP waits for all.
     """
-    parameters = list(text.requires_grad_(True).parameters())
+    parameters = [p for p in text.parameters() if p.requires_grad]
+    if not parameters:
+        return
     cond = text([""])
     told = [cond.context.sum(), *([cond.pooled.sum()] if pooled else [])]
     gradients = torch.autograd.grad(sum(told), parameters, allow_unused=True)

@@ -1,7 +1,5 @@
 """Latents and text embeddings computed before training: their making, and what a run asks of them."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +18,7 @@ from data_pipeline.report import Report
 from data_pipeline.samples import framing_of, open_folder, shapes_of, size_of
 from data_pipeline.storage import join
 from data_pipeline.transforms import cut, decode, to_tensor
+from ldm.checkpoints.model import weights_sha256
 from ldm.models.autoencoder import AutoencoderKL, Posterior
 
 CHUNK = 16
@@ -30,16 +29,6 @@ def latents_of(autoencoder: AutoencoderKL, moments: Tensor, noise: Tensor) -> Te
     """moments [B, 2 C, h, w], noise [B, C, h, w] -> normalised latents, as `autoencoder.encode` gives them."""
     raw = Posterior.from_moments(moments).sample(noise)
     return (raw - autoencoder.latent_mean) / autoencoder.latent_std
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """Of a component's configuration and of every weight as float32, whatever file it came from; hex."""
-    config: Any = module.config
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def check_cache(cache: Cache, autoencoder: nn.Module, text: nn.Module) -> None:

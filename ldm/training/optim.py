@@ -148,14 +148,20 @@ def check_groups(modules: dict[str, nn.Module], config: OptimizerConfig) -> None
             )
 
 
+def import_bitsandbytes(what: str) -> Any:
+    """The library. Raises ValueError, saying `what` needs it, where it is missing or does not work."""
+    try:
+        import bitsandbytes
+    except Exception as error:  # it also fails where it is installed and does not find its native library
+        raise ValueError(f"{what} needs bitsandbytes: pip install 'ldm[gpu]' ({error})") from error
+    return bitsandbytes
+
+
 def _adamw8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
     """AdamW with its moments in 8 bits, in blocks with a scale each (Dettmers et al. 2022)."""
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except Exception as error:  # it also fails where it is installed and does not find its native library
-        raise ValueError(f"optimizer 'adamw8bit' needs bitsandbytes: pip install 'ldm[gpu]' ({error})") from error
+    bitsandbytes = import_bitsandbytes("optimizer 'adamw8bit'")
 
-    class Flat(AdamW8bit):
+    class Flat(bitsandbytes.optim.AdamW8bit):  # type: ignore[name-defined]
         """Its state is in one level, as torch's; bitsandbytes puts another below, to hide it from FSDP."""
 
         def state_dict(self) -> dict[str, Any]:

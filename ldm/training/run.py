@@ -7,16 +7,16 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, LoggerType
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, parse_flag_from_env
 
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
@@ -33,10 +33,12 @@ from ldm.training.autoencoder import AutoencoderTask, AutoencoderTaskConfig
 from ldm.training.classifier import ClassifierTask, ClassifierTaskConfig
 from ldm.training.contrastive import ContrastiveTask, ContrastiveTaskConfig
 from ldm.training.costs import estimate, summarise
-from ldm.training.denoising import DenoisingTask, DenoisingTaskConfig
+from ldm.training.denoising import DenoisingTask, DenoisingTaskConfig, LatentTask
 from ldm.training.engine import Inspection, TrainConfig, train
-from ldm.training.latents import check_cache, weights_sha256
+from ldm.training.finetuning import FinetuningTask
+from ldm.training.latents import check_cache
 from ldm.training.memory import check_device
+from ldm.training.methods import FinetuningTaskConfig
 from ldm.training.metrics import Meter
 from ldm.training.peaks import peak_flops
 from ldm.training.randomness import seed_torch
@@ -52,6 +54,7 @@ TASKS: dict[str, tuple[type[Any], type[Any]]] = {
     "contrastive": (ContrastiveTask, ContrastiveTaskConfig),
     "denoising": (DenoisingTask, DenoisingTaskConfig),
     "classifier": (ClassifierTask, ClassifierTaskConfig),
+    "finetuning": (FinetuningTask, FinetuningTaskConfig),
 }
 
 FREE = (
@@ -83,6 +86,7 @@ class RunConfig(TrainConfig):
     data: DataConfig = field(default_factory=lambda: DataConfig(path="???"))
     validation: str = ""  # a shard folder that is never trained on
     validation_samples: int = 256
+    forgetting: str = ""  # fine-tuning: shards of the base model's own samples; validated as kept/loss
     init: str = ""  # start from this model's weights (fine-tuning); ignored once the run has a checkpoint
     attention: str = "sdpa"  # sdpa | xformers | math
     trackers: tuple[str, ...] = ()  # tensorboard, wandb, ... as well as metrics.jsonl
@@ -135,6 +139,10 @@ def run(config: RunConfig) -> TrainState:
             f"accumulate={config.accumulate} would compare each part with itself alone, which is another loss; "
             "use task.micro_batch, which is the same loss in less memory"
         )
+    if isinstance(config.task, FinetuningTaskConfig) and config.init:
+        raise ValueError("task.model is what a fine-tuning starts from: leave init= out")
+    if isinstance(config.task, FinetuningTaskConfig) and config.task.held not in ("float32", config.precision):
+        raise ValueError(f"task.held={config.task.held} needs precision={config.task.held}, which computes in that")
     if isinstance(config.task, AutoencoderTaskConfig):
         if config.task.decoder_only and not config.init:
             raise ValueError("task.decoder_only keeps the encoder as it is: give the model to start from, init=MODEL")
@@ -184,31 +192,40 @@ def build(config: RunConfig) -> tuple[list[ShardReader], Task]:
 def check_data(loader: Loader, task: Task) -> None:
     """Raise ValueError where the task cannot learn from such batches."""
     config = loader.config
-    if not isinstance(task, DenoisingTask):
+    if not isinstance(task, LatentTask):
         if config.buckets or config.caches:
-            raise ValueError("data.buckets and data.cache are for task.kind=denoising")
+            raise ValueError("data.buckets and data.cache are for task.kind=denoising and finetuning")
         return
     multiple = task.autoencoder.factor * getattr(task.denoiser, "factor", 1)
     for width, height in loader.shapes:
         if width % multiple or height % multiple:
             raise ValueError(f"pictures of {width} x {height} px: the sides must be multiples of {multiple}")
+    task.check_data(config)
     for cache in loader.caches:
-        check_cache(cache, task.autoencoder, task.text)
-        if task.config.train_text and cache.key.text:
+        if task.reads and cache.key.text:
             raise ValueError(
                 "task.train_text=true: data.cache holds what the text encoder said before it learned; "
                 "make one without --text"
             )
+        check_cache(cache, task.autoencoder, task.text)
 
 
 def inspection(config: RunConfig, data: list[ShardReader]) -> Inspection:
     """Fixed samples to validate on, and to picture (from the validation data if there is any)."""
+
+    def fixed(path: str, count: int, plain_data: DataConfig) -> Batch:
+        plain_data = replace(plain_data, path=path, size=size_of(data, config.data))
+        readers = open_data(plain_data)
+        return fixed_batch(readers, plain_data, min(count, sum(map(len, readers))))
+
+    forgetting = None
+    if config.forgetting:  # drawn pictures, of which there is neither condition nor mask but what is made of them
+        made = "" if config.data.condition == "stored" else config.data.condition
+        forgetting = fixed(config.forgetting, config.validation_samples, replace(config.data, condition=made, mask=""))
     if not config.validation:
-        return Inspection(None, fixed_batch(data, config.data, min(16, sum(map(len, data)))))
-    plain_data = replace(config.data, path=config.validation, size=size_of(data, config.data))
-    held_out = open_data(plain_data)
-    validation = fixed_batch(held_out, plain_data, min(config.validation_samples, sum(map(len, held_out))))
-    return Inspection(validation, validation.split(-(-len(validation) // 16))[0])
+        return Inspection(None, fixed_batch(data, config.data, min(16, sum(map(len, data)))), forgetting)
+    validation = fixed(config.validation, config.validation_samples, config.data)
+    return Inspection(validation, validation.split(-(-len(validation) // 16))[0], forgetting)
 
 
 def start_from(task: Task, model: str) -> None:
@@ -277,10 +294,7 @@ def _refuse_other_settings(out: Path, config: RunConfig) -> None:
 
 def sources(task: Task, data: list[ShardReader]) -> dict[str, str]:
     """What a run stands on and does not change: fingerprints of its data, hashes of its frozen models."""
-    own = {id(m) for name in task.trained for m in getattr(task, name).modules()}
-    frozen = {name: module for name, module in task.components().items() if id(module) not in own}
-    found = {reader.path: reader.fingerprint for reader in data}
-    return found | {f"the frozen {name}": weights_sha256(module) for name, module in frozen.items()}
+    return {reader.path: reader.fingerprint for reader in data} | task.foundations()
 
 
 def _refuse_other_sources(out: Path, now: dict[str, str]) -> None:
@@ -293,5 +307,18 @@ def _refuse_other_sources(out: Path, now: dict[str, str]) -> None:
 
 def describe(config: RunConfig, tflops: float = 0.0) -> str:
     """What `--dry-run` prints: the resolved config, then what the run will cost; see `estimate`. Writes nothing."""
+    return f"{to_yaml(config)}\n{cost(config, tflops)}"
+
+
+def cost(config: RunConfig, tflops: float = 0.0) -> str:
+    """The run's parameters, memory, time and disk in a few lines; see `estimate`."""
     data, task = build(config)
-    return f"{to_yaml(config)}\n{estimate(task, data, config, config.data, tflops)}"
+    return estimate(task, data, config, config.data, tflops)
+
+
+def main_first(config: RunConfig) -> AbstractContextManager[None]:
+    """Within the block the main process is alone; then the others go through it, and find what it made."""
+    patience = timedelta(seconds=2 * config.timeout_seconds)
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=patience)
+    found: AbstractContextManager[None] = processes.main_process_first()
+    return found

@@ -30,6 +30,10 @@ def check(task: Task, optimizer: str, precision: str, speed: SpeedConfig, plugin
         raise ValueError("FSDP2: fsdp_offload_params must be false")
     if len(task.trained) > 1:
         raise ValueError(f"FSDP2 is for one trained part, not {' and '.join(task.trained)}: start without it")
+    if task.partial:
+        raise ValueError(
+            "FSDP2 is for a part that learns as a whole, not for a few numbers on a base: start without it"
+        )
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"FSDP2: optimizer.kind must be {', '.join(OPTIMIZERS)}, not {optimizer}")
     if precision == "fp16":

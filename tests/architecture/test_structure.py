@@ -26,22 +26,24 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "ldm.diffusion": BASICS,
     "ldm.checkpoints": (*BASICS, "ldm.nn", "ldm.models"),
     "ldm.adapters": (*BASICS, "ldm.nn", "ldm.models", "ldm.diffusion", "ldm.checkpoints"),
+    "ldm.prompts": (*BASICS, "ldm.models"),
     "ldm.pipeline": (
         *BASICS, "ldm.images", "ldm.nn", "ldm.models", "ldm.diffusion", "ldm.checkpoints", "ldm.adapters",
+        "ldm.prompts",
     ),
     "ldm.evaluation": (*BASICS, "ldm.images", "ldm.diffusion", "ldm.pipeline", "data_pipeline"),
     "ldm.training": (
         *BASICS, "ldm.images", "ldm.nn", "ldm.models", "ldm.diffusion", "ldm.checkpoints", "ldm.adapters",
-        "ldm.pipeline", "ldm.evaluation", "data_pipeline",
+        "ldm.prompts", "ldm.pipeline", "ldm.evaluation", "data_pipeline",
     ),
     "ldm.training.run": (
         *BASICS, "ldm.config", "ldm.nn", "ldm.checkpoints", "ldm.adapters", "ldm.training", "data_pipeline",
     ),
-    "ldm.server": (*BASICS, "ldm.images", "ldm.checkpoints", "ldm.adapters", "ldm.pipeline"),
+    "ldm.server": (*BASICS, "ldm.images", "ldm.checkpoints", "ldm.adapters", "ldm.prompts", "ldm.pipeline"),
     "ldm.cli": (
         *BASICS, "ldm.config", "ldm.images", "ldm.nn", "ldm.models", "ldm.diffusion", "ldm.checkpoints",
-        "ldm.adapters", "ldm.pipeline", "ldm.evaluation", "ldm.training", "ldm.training.run", "ldm.server",
-        "data_pipeline",
+        "ldm.adapters", "ldm.prompts", "ldm.pipeline", "ldm.evaluation", "ldm.training", "ldm.training.run",
+        "ldm.server", "data_pipeline",
     ),
     "ldm.__main__": ("ldm.cli",),
 }  # fmt: skip
@@ -66,6 +68,7 @@ HEAVY: dict[str, tuple[str, ...]] = {
     "aiohttp": ("data_pipeline.download", "data_pipeline.fetch"),
     "yarl": ("data_pipeline.addresses", "data_pipeline.download"),
     "ray": ("data_pipeline.executors",),
+    "skimage": ("data_pipeline.conditions",),
     "imagehash": ("data_pipeline.duplicates",),
     "faiss": ("data_pipeline.duplicates",),
     "webdataset": (),  # we write and read the format ourselves; the tests check us against it
@@ -79,6 +82,7 @@ EXEMPT = {
     "ldm.cli.generate.generate": ONE_PER_OPTION,
     "ldm.cli.data.build.build": ONE_PER_OPTION,
     "ldm.cli.evaluate.emoji": ONE_PER_OPTION,
+    "ldm.cli.finetune.finetune": ONE_PER_OPTION,
 }
 
 FORBIDDEN_CALLS = {"print", "eval", "exec", "os.system", "os.popen", "torch.load", "yaml.load", "yaml.unsafe_load"}

@@ -105,7 +105,7 @@ def test_the_interface_is_that_of_the_gaussian_one() -> None:
     latent = model.encode(image, torch.randn(2, 2, 8, 8))
     assert latent.shape == (2, model.latent_channels, 16 // model.factor, 16 // model.factor)
     assert torch.equal(latent, model.encode(image))
-    torch.testing.assert_close(latent * model.latent_std + model.latent_mean, model.raw(image))
+    torch.testing.assert_close(latent * model.latent_std + model.latent_mean, model.encoded(image))
     rebuilt, found = model(image)
     torch.testing.assert_close(model.decode(latent), rebuilt)  # decoding quantises
     with torch.no_grad():

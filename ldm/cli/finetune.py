@@ -1,0 +1,188 @@
+"""`ldm finetune`."""
+
+import itertools
+import json
+import logging
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ldm.training.methods import FinetuningTaskConfig
+    from ldm.training.preparing import Subject
+    from ldm.training.run import RunConfig
+
+LOOKS = 10
+"""How often, over a run, it is saved, validated and pictured."""
+PREVIEWS, LOOKED_AT = 4, 64
+"""Captions that are pictured, each beside an unrelated prompt; and that a word to teach is looked for in."""
+CONDITIONED = ("controlnet", "t2i_adapter")
+"""Methods whose model goes by another picture: the edges of the picture itself unless others are given."""
+
+
+def finetune(
+    method: Annotated[
+        str,
+        typer.Argument(
+            help="full, lora, dora, loha, lokr, dreambooth, textual-inversion, controlnet, t2i-adapter, inpainting "
+            "or instruct"
+        ),
+    ],
+    model: Annotated[str, typer.Argument(help="the base: a model file or folder of any format, or a run folder")],
+    pictures: Annotated[str, typer.Argument(help="a folder of pictures, captioned or not, or of shards")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value...]", help="of the run: data.size=512 samples=4000 ...")
+    ] = None,
+    out: Annotated[str, typer.Option(help="the folder of the run; run again, it goes on")] = "",
+    caption: Annotated[str, typer.Option(help="of pictures that have none: 'photo of sks dog'")] = "",
+    word: Annotated[str, typer.Option(help="textual-inversion: the word that is taught")] = "",
+    class_prompt: Annotated[str, typer.Option(help="what the subject is one of: 'photo of a dog'")] = "",
+    class_pictures: Annotated[int, typer.Option(help="how many of those the model draws itself, once")] = 100,
+    prior_weight: Annotated[float, typer.Option(help="how much they count beside the subject")] = 1.0,
+    unrelated: Annotated[
+        list[str] | None, typer.Option(help="a prompt of something else, watched for being forgotten; repeat it")
+    ] = None,
+    conditions: Annotated[str, typer.Option(help="a folder with another picture for each: what to go by")] = "",
+    masks: Annotated[str, typer.Option(help="a folder with a mask for each, white where it counts; or alpha")] = "",
+    holdout: Annotated[float | None, typer.Option(help="pictures kept for validation: a number, or a share")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would take, and stop.")] = False,
+) -> None:
+    """Teach a model from your pictures: a subject, a style, or to be steered, to fill in, to edit.
+
+    The pictures are taken as they are, encoded once, and trained on by the loop of `ldm train`; key=value reach its
+    config. Of 5 pictures and more some are held out: the checkpoint with the lowest loss on them is kept and shared.
+
+    Example: ldm finetune lora MODEL my-dog --caption "photo of sks dog" --out runs/sks
+    """
+    from data_pipeline.shards import INDEX
+    from ldm.checkpoints.files import steps
+    from ldm.cli.train import go
+    from ldm.training.preparing import Subject
+    from ldm.training.recipes import UNRELATED, settings_of, steps_of
+    from ldm.training.run import cost, describe, main_first
+
+    words = settings_of(method)
+    if method == "dreambooth" and not class_prompt:
+        raise ValueError("dreambooth needs --class-prompt, what the subject is one of: 'photo of a dog'")
+    if (method == "textual-inversion") != bool(word):
+        raise ValueError("--word is the word that textual-inversion teaches: give both or neither")
+    subject = Subject(
+        pictures, caption, conditions, masks, holdout, class_prompt, class_pictures, prior_weight,
+        tuple(unrelated or UNRELATED),
+    )  # fmt: skip
+    if word and not caption and not Path(pictures, INDEX).is_file():
+        subject = replace(subject, caption=f"a photo of {word}")
+    given = [f"out={out or f'runs/{method}-{Path(pictures).resolve().name}'}", f"task.model={json.dumps(model)}"]
+    given += [f"task.word={json.dumps(word)}"] if word else []
+    config = _config([*words, *given], settings or [], pictures, steps_of(method))
+    if dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            typer.echo(describe(_on_shards(config, subject, Path(folder))))
+        return
+    if _task(config).method == "instruct" and not (conditions or config.data.condition):
+        raise ValueError("instruct needs --conditions, a folder with the picture before each edit")
+    with main_first(config):
+        config = _on_drawn(_on_shards(config, subject, Path(config.out)), subject)
+    if not steps(Path(config.out) / "checkpoints"):
+        logging.getLogger(__name__).info("%s", cost(config))
+    if go(config):
+        _share(config)
+
+
+def _config(given: list[str], settings: list[str], pictures: str, length: int) -> "RunConfig":
+    """The run's config but for its data: the recipe's words, then the user's, which win. `length`: steps."""
+    import torch
+
+    from ldm.checkpoints.load import load_model
+    from ldm.config import load_config
+    from ldm.training.methods import PARTIAL
+    from ldm.training.run import RunConfig
+
+    config = load_config(RunConfig, [], [*given, f"data.path={json.dumps(pictures)}", *settings])
+    said = {setting.partition("=")[0] for setting in settings}
+    changes: dict[str, Any] = {} if "samples" in said else {"samples": length * config.batch_size}
+    every = max(1, changes.get("samples", config.samples) // config.batch_size // LOOKS)
+    own = {"save_steps": every, "validate_steps": every, "preview_steps": every, "log_steps": min(20, every)}
+    changes |= {name: value for name, value in own.items() if name not in said}
+    if "precision" not in said and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False):
+        changes["precision"] = "bf16"
+    data, base = config.data, load_model(_task(config).model, []).settings  # refuses what is no model at once
+    if data.size is None:
+        data = replace(data, size=int(base.get("size", 512)))
+    if _task(config).method in CONDITIONED and not data.condition:
+        data = replace(data, condition="edges")
+    config = replace(config, data=data, **changes)
+    if config.precision != "no" and _task(config).method in PARTIAL and "task.held" not in said:
+        config = replace(config, task=replace(_task(config), held=config.precision))
+    return config
+
+
+def _task(config: "RunConfig") -> "FinetuningTaskConfig":
+    """What the config is of."""
+    from ldm.training.methods import FinetuningTaskConfig
+
+    assert isinstance(config.task, FinetuningTaskConfig)
+    return config.task
+
+
+def _on_shards(config: "RunConfig", subject: "Subject", place: Path) -> "RunConfig":
+    """The config with the subject's pictures as shards below `place`, and what the previews show."""
+    from ldm.training.preparing import captions, prepare
+
+    if subject.conditions:
+        config = replace(config, data=replace(config.data, condition="stored"))
+    data, validation = prepare(subject, config.data, config.batch_size, place)
+    task = _task(config)
+    said = [caption.lower() for caption in (*data.templates, *captions(data, LOOKED_AT))]
+    if task.word and not any(task.word.lower() in caption for caption in said):
+        raise ValueError(f"no caption says {task.word!r}, which is to be taught: write it into the captions")
+    previews = task.previews or captions(data, PREVIEWS)
+    unrelated = task.unrelated or tuple(itertools.islice(itertools.cycle(subject.unrelated), len(previews)))
+    task = replace(task, previews=previews, unrelated=unrelated)
+    return replace(config, data=data, task=task, validation=config.validation or validation)
+
+
+def _on_drawn(config: "RunConfig", subject: "Subject") -> "RunConfig":
+    """The config with what the base model draws for it, and with latents computed before, in the run's folder."""
+    from ldm.training.preparing import cached, forgets, forgetting, with_class
+
+    out, task, data = Path(config.out), _task(config), config.data
+    data = cached(task, with_class(subject, task.model, data, out), config.samples, out)
+    kept = config.forgetting
+    if not kept and forgets(task) and data.size:
+        kept = forgetting(subject, task.model, data.size, out)
+    return replace(config, data=data, forgetting=kept)
+
+
+def _share(config: "RunConfig") -> None:
+    """Write what others can use, and say where, and how to draw with it."""
+    from data_pipeline.reader import ShardReader
+    from ldm.training.preparing import captions
+    from ldm.training.sharing import chosen, share
+
+    task, out, best = _task(config), Path(config.out), chosen(Path(config.out))
+    facts = {
+        "sd_model_name": Path(task.model).name,
+        "learning_rate": config.optimizer.lr,
+        "optimizer": config.optimizer.kind,
+        "lr_scheduler": config.optimizer.schedule,
+        "steps": int(best.name.removeprefix("step-")),
+        "total_batch_size": config.batch_size,
+        "mixed_precision": config.precision,
+        "seed": config.seed,
+        "resolution": f"{config.data.size}x{config.data.size}",
+        "num_train_images": sum(len(ShardReader(path)) for path in config.data.paths),
+    }
+    typer.echo(f"chosen: {best}")
+    for path in share(out, facts):
+        typer.echo(f"to share: {path}")
+    prompt = json.dumps((task.previews or captions(config.data, 1))[0])
+    if task.method in CONDITIONED:
+        typer.echo(f"draw with it: ldm generate {task.model} {prompt} --control {best}=PICTURE")
+    elif task.method in ("inpainting", "instruct"):
+        typer.echo(f"draw with it: ldm generate {best} {prompt} --image PICTURE")
+    else:
+        typer.echo(f"draw with it: ldm generate {best} {prompt}")

@@ -1,0 +1,320 @@
+"""Fine-tuning: a finished model, or something small put on it, learns from a few pictures."""
+
+import math
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.batch import Batch, sample_rng
+from data_pipeline.config import DataConfig
+from data_pipeline.masks import random_mask
+from ldm.adapters.adapter import Adapter
+from ldm.adapters.lora import adapter_of, inject
+from ldm.adapters.textual_inversion import teach
+from ldm.adapters.tuned import ADAPTER, WORD, save_adapter, save_word
+from ldm.checkpoints.load import load_model, save_model
+from ldm.checkpoints.model import weights_sha256
+from ldm.checkpoints.textual_inversion import TextualInversion
+from ldm.diffusion.process import DiffusionConfig
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.controlnet import Controlled, ControlNet, ControlNetConfig
+from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
+from ldm.models.text import TextEncoder, TextPair
+from ldm.models.unet import UNet
+from ldm.nn.transfer import to_device
+from ldm.pipeline import Control, Given, Request
+from ldm.pipeline.inputs import around_the_mask
+from ldm.training.denoising import LatentTask
+from ldm.training.joint_text import JointDenoiser, TaughtDenoiser
+from ldm.training.methods import CONTROLS, HELD, PARTIAL, FinetuningTaskConfig
+from ldm.training.quantize import quantize
+from ldm.training.randomness import SampleRandomness
+from ldm.training.tasks import bare
+from ldm.types import Conditioning
+
+PARTS = ("autoencoder", "text", "denoiser")
+PREVIEWED = 4
+"""Pictures of the data that the previews of a model which goes by one show."""
+HINT_WIDTHS = (16, 32, 96, 256)
+"""Of the network that a ControlNet reads its hint with (Zhang et al. 2023), one more than its halvings."""
+
+
+class FinetuningTask(LatentTask):
+    """A base model of which all, or a part that is added to it, learns; the loss is that of any denoiser.
+
+    full: the denoiser (and the text encoder). adapter: small matrices beside its own (Hu et al. 2022).
+    textual_inversion: the vectors of a new word (Gal et al. 2023). controlnet: a copy of the encoder that hears a
+    picture (Zhang et al. 2023). t2i_adapter: a small network that does (Mou et al. 2023). inpainting: the denoiser,
+    told which pixels it is to draw and what the others are (Rombach et al. 2022, sec. 4.5). instruct: the denoiser,
+    told the picture to edit (Brooks et al. 2023).
+    """
+
+    def __init__(self, config: FinetuningTaskConfig, *, size: int, seed: int) -> None:
+        found = load_model(config.model, PARTS, dtype=torch.float32)
+        autoencoder, text, denoiser = found.require(*PARTS)
+        sha256 = {name: weights_sha256(module) for name, module in found.components.items()}
+        super().__init__(config, autoencoder, text, _noise(found.settings, config), size)
+        self.config, self.seed, self.source, self.sha256 = config, seed, config.model, sha256
+        self.null_prompt = found.settings.get("null_prompt", "")
+        self.denoiser = denoiser.requires_grad_(False)
+        self.partial = config.method in PARTIAL
+        self.columns = 2 if config.unrelated else 0
+        latent = self.autoencoder.latent_channels
+        extra = {"inpainting": 1 + latent, "instruct": latent}.get(config.method, 0)
+        if extra and self._extra() != extra:
+            self._widen(extra)
+        self._check_told()
+        {
+            "adapter": self._adapter,
+            "textual_inversion": self._textual_inversion,
+            "controlnet": self._controlnet,
+            "t2i_adapter": self._t2i_adapter,
+        }.get(config.method, self._full)()
+        if config.held != "float32":
+            self._hold(HELD[config.held])
+        if self.reads and self.null_prompt is None and config.dropout:
+            raise ValueError("this model is told zeros where it is told nothing, which no encoder says: task.dropout=0")
+
+    def _full(self) -> None:
+        self.denoiser.requires_grad_(True)
+        if self.config.train_text:
+            self.text.requires_grad_(True)
+            self._read(JointDenoiser(self.text, self.denoiser))
+
+    def _adapter(self) -> None:
+        adapter = self.config.adapter
+        if self.config.quantize:
+            quantize(self.denoiser, self.config.quantize)
+        inject({"denoiser": self.denoiser} | ({"text": self.text} if adapter.text else {}), adapter)
+        if adapter.text:
+            self._read(JointDenoiser(self.text, self.denoiser))
+
+    def _textual_inversion(self) -> None:
+        config = self.config
+        towers = [self.text.first, self.text.second] if isinstance(self.text, TextPair) else [self.text]
+        vectors = [started(tower, config.initial, config.vectors) for tower in towers]
+        teach(self.text, config.word, vectors)
+        self._read(TaughtDenoiser(self.text, self.denoiser, vectors))
+
+    def _read(self, joint: JointDenoiser) -> None:
+        """Have the prompts read in the pass of what is trained, so that their reading can learn."""
+        self.joint, self.trained, self.reads = joint, ("joint",), True
+
+    def _controlnet(self) -> None:
+        unet, halvings = self._unet(), int(math.log2(self.autoencoder.factor))
+        widths = (HINT_WIDTHS + HINT_WIDTHS[-1:] * halvings)[: halvings + 1]
+        control = ControlNet(ControlNetConfig(unet=unet.config, hint_widths=widths))
+        control.copy_encoder(unet)
+        self._control(unet, control)
+
+    def _t2i_adapter(self) -> None:
+        unet = self._unet()
+        channels = tuple(unet.config.channels * m for m in unet.config.multipliers)
+        self._control(unet, T2IAdapter(T2IAdapterConfig(channels=channels, factor=self.autoencoder.factor)))
+
+    def _control(self, unet: UNet, control: ControlNet | T2IAdapter) -> None:
+        if self._extra():
+            raise ValueError(f"task.method={self.config.method} steers a plain model; {self.config.model} is told more")
+        self.controlled, self.trained = Controlled(unet, control), ("controlled",)
+
+    def _widen(self, more: int) -> None:
+        """Have a U-Net that takes so many further channels, which say nothing yet: their weights are zero."""
+        unet = self._unet()
+        if self._extra():
+            raise ValueError(f"{self.config.model} takes {unet.config.in_channels} channels: give what it was made of")
+        wider = UNet(replace(unet.config, in_channels=unet.config.in_channels + more))
+        tensors = unet.state_dict()
+        tensors["conv_in.weight"] = F.pad(tensors["conv_in.weight"], (0, 0, 0, 0, 0, more))
+        wider.load_state_dict(tensors)
+        self.denoiser = wider.eval()
+
+    def _hold(self, dtype: torch.dtype) -> None:
+        """Have the frozen denoiser's kernels in 16 bits: autocast rounds them so anyway, in every pass."""
+        for layer in self.denoiser.modules():
+            for parameter in layer.parameters(recurse=False) if isinstance(layer, nn.Linear | nn.Conv2d) else ():
+                if parameter.dtype == torch.float32 and not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+
+    def _computing(self, device: torch.device) -> AbstractContextManager[object]:
+        """Within the block the denoiser works, whatever its weights are held in."""
+        held = HELD[self.config.held]
+        return nullcontext() if held == torch.float32 else torch.autocast(device.type, dtype=held)
+
+    def _diffused(
+        self, latent: Tensor, cond: Conditioning, random: SampleRandomness, u: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        with self._computing(latent.device):
+            return super()._diffused(latent, cond, random, u, mask)
+
+    def _unet(self) -> UNet:
+        if not isinstance(self.denoiser, UNet):
+            raise ValueError(f"task.method={self.config.method} is for a U-Net, not a {type(self.denoiser).__name__}")
+        return self.denoiser
+
+    def _extra(self) -> int:
+        """Channels that the denoiser takes beside the noisy latents'."""
+        config: Any = self.denoiser.config
+        return int(config.in_channels) - self.autoencoder.latent_channels
+
+    def _check_told(self) -> None:
+        latent = self.autoencoder.latent_channels
+        if self._extra() not in (0, latent, latent + 1):
+            raise ValueError(
+                f"{self.config.model}: its denoiser takes {self._extra()} channels beside {latent} of noise, which "
+                "no method here fills (0: plain; a picture's: instruct; those and a mask: inpainting)"
+            )
+
+    # what the denoiser is told
+
+    @property
+    def _edits(self) -> bool:
+        """Whether the denoiser is told a picture to edit."""
+        return self._extra() == self.autoencoder.latent_channels
+
+    @property
+    def _paired(self) -> bool:
+        """Whether each picture comes with another."""
+        return self.config.method in CONTROLS or self._edits
+
+    def check_data(self, config: DataConfig) -> None:
+        """Raise ValueError where batches made as `config` says would not hold what the method needs."""
+        if self._paired and not config.condition:
+            raise ValueError(
+                f"task.method={self.config.method} needs another picture with each: data.condition=stored, or one "
+                "that is made of it, edges or segments"
+            )
+        if self._extra() > self.autoencoder.latent_channels and config.caches:
+            raise ValueError("inpainting encodes pictures with holes, which no cache holds: leave data.cache out")
+        if config.mask and self.diffusion.config.objective != "simple":
+            raise ValueError("data.mask needs another objective than this model's: task.diffusion.objective=simple")
+
+    def _dropped(self, random: SampleRandomness, dropout: float) -> list[bool]:
+        share = 2 * dropout if self._edits else dropout
+        return [u < share for u in random.fractions("caption dropout")]
+
+    def _shown(self, batch: Batch, cond: Conditioning, random: SampleRandomness, dropout: float) -> Conditioning:
+        extra, latent = self._extra(), self.autoencoder.latent_channels
+        if extra > latent:
+            return replace(cond, concat=self._holes(batch))
+        if not self._paired:
+            return cond
+        assert batch.condition is not None
+        if self.config.method in CONTROLS:
+            return replace(cond, control=(batch.condition,))
+        # Of three equal shares one loses its caption, one both, and one its picture (Brooks et al. 2023, sec. 3.2.1).
+        kept = torch.tensor([not dropout <= u < 3 * dropout for u in random.fractions("caption dropout")])
+        before = self._before(batch.condition)
+        return replace(cond, concat=before * kept.to(before)[:, None, None, None])
+
+    def _before(self, picture: Tensor) -> Tensor:
+        """A picture [B, 3, H, W] in [0, 1] -> the means of its raw latents, as InstructPix2Pix is told them."""
+        assert isinstance(self.autoencoder, AutoencoderKL)
+        return self.autoencoder.posterior(2 * picture - 1).mean
+
+    def _holes(self, batch: Batch) -> Tensor:
+        """[B, 1 + C, h, w]: where the picture is to be drawn, each sample's own place, and what is around it."""
+        height, width = batch.image.shape[-2:]
+        rngs = [sample_rng(self.seed, position, "hole") for position in batch.positions.tolist()]
+        holes = to_device(torch.stack([random_mask(height, width, rng) for rng in rngs]), batch.image.device)
+        factor = self.autoencoder.factor
+        return around_the_mask(batch.image, holes, self.autoencoder.encode, (height // factor, width // factor))
+
+    # what is kept and shown
+
+    def preview_prompts(self) -> tuple[str, ...]:
+        """Subject and unrelated prompts, in turns."""
+        if not self.config.unrelated:
+            return super().preview_prompts()
+        return tuple(p for pair in zip(self.config.previews, self.config.unrelated, strict=True) for p in pair)
+
+    def preview(self, batch: Batch) -> Tensor | None:
+        """Of a model that goes by a picture: a row of such pictures, and below each what is drawn by it."""
+        with self._computing(batch.image.device):
+            return self._preview(batch)
+
+    def _preview(self, batch: Batch) -> Tensor | None:
+        if not self._extra() and self.config.method not in CONTROLS:
+            return super().preview(batch)
+        count = self.columns = min(PREVIEWED, len(batch))
+        seen, size = batch.image[:count].cpu(), tuple(batch.image.shape[-2:])
+        request = Request(
+            tuple(batch.captions[:count]),
+            tuple(range(count)),
+            steps=self.config.preview_steps,
+            guidance=self.config.preview_guidance,
+            height=size[0],
+            width=size[1],
+        )
+        if not self._paired:
+            hole = torch.zeros(1, 1, *size)
+            hole[..., size[1] // 2 :] = 1  # the right half
+            request, seen = replace(request, given=Given(seen, mask=hole)), seen * (1 - hole)
+        else:
+            assert batch.condition is not None
+            condition = batch.condition[:count].cpu()
+            seen = 2 * condition - 1
+            if self.config.method in CONTROLS:
+                request = replace(request, controls=(Control(self.controlled_by(), condition),))
+            else:
+                request = replace(request, given=Given(seen))
+        return torch.cat([seen, self.pipeline()(request)])
+
+    def foundations(self) -> dict[str, str]:
+        return {f"the {name} of {self.config.model}": value for name, value in self.sha256.items()}
+
+    def settings(self) -> dict[str, object]:
+        found: dict[str, object] = {**super().settings(), "method": self.config.method}
+        if self.partial:
+            found["base"] = {"model": os.path.abspath(self.config.model), "sha256": self.sha256}
+        return found
+
+    def save(self, folder: Path, settings: dict[str, Any], name: str) -> None:
+        config = self.config
+        if not self.partial:
+            super().save(folder, settings, name)
+            return
+        control = {"controlnet": self.controlled_by()} if config.method in CONTROLS else {}
+        save_model(folder, control, settings, name)
+        if config.method == "adapter":
+            save_adapter(self.adapter(), folder / ADAPTER)
+        elif config.method == "textual_inversion":
+            save_word(self.inversion(), folder / WORD)
+
+    def controlled_by(self) -> nn.Module:
+        """The ControlNet or T2I-adapter, as it is now."""
+        control: nn.Module = bare(self.controlled).controlnet
+        return control
+
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, on the CPU."""
+        return adapter_of({"denoiser": bare(self.denoiser), "text": self.text})
+
+    def inversion(self) -> TextualInversion:
+        """The word as it is now, on the CPU."""
+        vectors = bare(self.joint).vectors
+        return TextualInversion(self.config.word, tuple(v.detach().float().cpu().clone() for v in vectors))
+
+
+def started(tower: nn.Module, initial: str, count: int) -> nn.Parameter:
+    """`count` vectors of the words' tokens, in order and again from the first, to learn. Raises ValueError."""
+    if not isinstance(tower, TextEncoder):
+        raise ValueError("task.method=textual_inversion is for CLIP's text encoders, which this model does not have")
+    tokens = tower.tokenize.bpe.encode(initial)
+    if not tokens:
+        raise ValueError(f"task.initial={initial!r} has no words to start from")
+    rows = [tokens[i % len(tokens)] for i in range(count)]
+    return nn.Parameter(tower.tower.token_embedding.weight.detach()[rows].clone())
+
+
+def _noise(settings: dict[str, Any], config: FinetuningTaskConfig) -> DiffusionConfig:
+    """The base's own, with what the training changes. Raises ValueError."""
+    try:
+        return DiffusionConfig(**settings["diffusion"] | dict(config.diffusion))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"task.diffusion or the settings of {config.model} do not fit: {error}") from error

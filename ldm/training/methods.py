@@ -1,0 +1,58 @@
+"""How a model can be fine-tuned: the methods, and what each is told."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ldm.adapters.lora import AdapterConfig
+from ldm.names import known
+from ldm.training.denoising import LatentTaskConfig
+from ldm.training.quantize import FORMS
+
+METHODS = ("full", "adapter", "textual_inversion", "controlnet", "t2i_adapter", "inpainting", "instruct")
+CONTROLS = ("controlnet", "t2i_adapter")
+PARTIAL = ("adapter", "textual_inversion", *CONTROLS)
+"""Methods whose checkpoints hold what was added to the base, and not the base."""
+HELD = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class FinetuningTaskConfig(LatentTaskConfig):
+    """What is tuned, how, and on what it stands."""
+
+    kind: str = "finetuning"
+    model: str = "???"  # the base: a model or a run folder of any format
+    method: str = "???"  # full | adapter | textual_inversion | controlnet | t2i_adapter | inpainting | instruct
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    quantize: str = ""  # adapter: its base's linear layers in nf4 (QLoRA) or int8; needs bitsandbytes; "" as they are
+    held: str = "float32"  # what the frozen base's weights are kept in; or bf16, fp16 where precision is that
+    train_text: bool = False  # full: the text encoder learns too
+    word: str = ""  # textual_inversion: the word that is taught
+    vectors: int = 1  # textual_inversion: tokens that the word stands for
+    initial: str = "*"  # textual_inversion: words whose tokens it starts from, again and again where they are fewer
+    diffusion: dict[str, Any] = field(default_factory=dict)  # what of the base's noise is another in this training
+    unrelated: tuple[str, ...] = ()  # prompts that the previews show beside `previews`, one each
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known("task.method", self.method, METHODS)
+        known("task.quantize", self.quantize, FORMS)
+        known("task.held", self.held, HELD)
+        if self.held != "float32" and self.method not in PARTIAL:
+            raise ValueError(f"task.held is of a base that stays frozen, and task.method={self.method} trains it")
+        if self.quantize and (self.method, self.adapter.kind) != ("adapter", "lora"):
+            raise ValueError("task.quantize goes with task.method=adapter of the kind lora, whose base stays as it is")
+        if self.train_text and self.method != "full":
+            raise ValueError(f"task.train_text goes with task.method=full, not {self.method}")
+        if (self.method == "textual_inversion") != bool(self.word):
+            raise ValueError("task.word is the word that task.method=textual_inversion teaches: give both or neither")
+        if self.vectors < 1:
+            raise ValueError(f"task.vectors must be at least 1, not {self.vectors}")
+        if self.method == "instruct" and self.dropout > 1 / 3:
+            raise ValueError(f"task.dropout is three times dropped by instruct: at most 1/3, not {self.dropout}")
+        if self.unrelated and len(self.unrelated) != len(self.previews):
+            raise ValueError(
+                f"task.unrelated has {len(self.unrelated)} prompts and task.previews {len(self.previews)}: "
+                "they stand side by side, so give as many of each"
+            )

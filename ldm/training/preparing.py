@@ -1,0 +1,135 @@
+"""What a fine-tuning run stands on besides its model, made before it begins: shards, drawn pictures, latents."""
+
+import logging
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import fixed_batch, open_data
+from data_pipeline.prepare import PrepareConfig, prepare_folder
+from data_pipeline.reader import ShardReader
+from ldm.checkpoints.load import load_model
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.training.drawn import DrawnConfig, draw
+from ldm.training.finetuning import PARTS
+from ldm.training.latents import encode
+from ldm.training.methods import FinetuningTaskConfig
+
+log = logging.getLogger(__name__)
+
+KEPT = 16
+"""Pictures that the base model draws before the training, to tell afterwards what it has forgotten."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is learned. pictures: a folder of them, or of shards; caption: of those that have none.
+
+    conditions, masks, holdout: see PrepareConfig. class_prompt: what the subject is one of; class_pictures of it are
+    drawn and trained on as often as the subject, at prior_weight (Ruiz et al. 2023, eq. 2). unrelated: prompts of
+    what is not to be forgotten.
+    """
+
+    pictures: str
+    caption: str = ""
+    conditions: str = ""
+    masks: str = ""
+    holdout: float | None = None
+    class_prompt: str = ""
+    class_pictures: int = 100
+    prior_weight: float = 1.0
+    unrelated: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.class_pictures < 1 or not 0 <= self.prior_weight < float("inf"):
+            raise ValueError(
+                f"class pictures must be 1 or more and their weight 0 or more, not {self.class_pictures} and "
+                f"{self.prior_weight}"
+            )
+        if self.class_prompt and (self.masks or self.conditions):
+            raise ValueError("masks and conditions are of the subject alone: leave them out, or the class prompt")
+
+
+def prepare(subject: Subject, data: DataConfig, batch_size: int, out: Path) -> tuple[DataConfig, str]:
+    """The subject's pictures as shards in `out/data` -> how a run reads them, and the shards held out, or "".
+
+    Raises ValueError for a folder that cannot be trained on.
+    """
+    assert data.size is not None
+    keep_shape = data.buckets or data.crops != 1
+    config = PrepareConfig(
+        size=data.size,
+        keep_shape=keep_shape,
+        caption=subject.caption,
+        conditions=subject.conditions,
+        masks=subject.masks,
+        holdout=subject.holdout,
+    )
+    prepared = prepare_folder(subject.pictures, out / "data", config)
+    left_out = ", ".join(f"{count} {reason}" for reason, count in prepared.rejected.items())
+    log.info("%d pictures to train on%s", sum(prepared.samples), f"; left out: {left_out}" if left_out else "")
+    found = replace(data, path=list(prepared.folders), repeats=prepared.repeats_for(batch_size))
+    if subject.conditions:
+        found = replace(found, condition="stored")
+    if subject.masks:
+        found = replace(found, mask="stored")
+    return found, prepared.validation
+
+
+def with_class(subject: Subject, model: str, data: DataConfig, out: Path) -> DataConfig:
+    """The data with as many samples of the subject's class, which the model draws itself, in every even batch."""
+    if not subject.class_prompt:
+        return data
+    assert data.size is not None
+    drawn = DrawnConfig(model, (subject.class_prompt,), subject.class_pictures, data.size, weight=subject.prior_weight)
+    log.info("drawing %d pictures of %r", drawn.count, subject.class_prompt)
+    path = draw(drawn, out / "class")
+    often = sum(Fraction(r) * len(ShardReader(p)) for p, r in zip(data.paths, data.repeats, strict=True))
+    repeats = (*data.repeats, float(often / drawn.count))
+    return replace(data, path=[*data.paths, path], repeats=repeats)
+
+
+def forgetting(subject: Subject, model: str, size: int, out: Path) -> str:
+    """Shards of what the base model draws of unrelated prompts."""
+    log.info("drawing %d pictures of unrelated prompts", KEPT)
+    return draw(DrawnConfig(model, subject.unrelated, KEPT, size), out / "kept")
+
+
+def forgets(task: FinetuningTaskConfig) -> bool:
+    """Whether the method changes what the base draws of a prompt, and can be asked for that."""
+    return task.method in ("full", "adapter")
+
+
+def captions(data: DataConfig, count: int) -> tuple[str, ...]:
+    """The first captions of the data that differ, `count` at most."""
+    readers = open_data(data)
+    batch = fixed_batch(readers, replace(data, condition="", mask=""), min(64, sum(map(len, readers))))
+    return tuple(dict.fromkeys(batch.captions))[:count]
+
+
+def cached(task: FinetuningTaskConfig, data: DataConfig, samples: int, out: Path) -> DataConfig:
+    """The data with its latents, and what a frozen text encoder says, computed before where that saves work.
+
+    It does where a picture comes twice or more, is cut in one of few ways, and is seen whole.
+    """
+    readers = open_data(data)
+    if samples < 2 * sum(map(len, readers)) or not data.crops or data.caches or task.method == "inpainting":
+        return data
+    autoencoder, text, denoiser = load_model(task.model, PARTS, dtype=torch.float32).require(*PARTS)
+    channels = getattr(denoiser.config, "in_channels", 0)
+    if not isinstance(autoencoder, AutoencoderKL) or channels > 2 * autoencoder.latent_channels:  # it sees holes
+        return data
+    varied = bool(data.templates or data.shuffle_tags or data.tag_dropout)
+    reads = task.train_text or task.adapter.text or task.method == "textual_inversion"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = None if varied or reads else text.to(device)
+    log.info("encoding the pictures, once%s", "" if encoder is None else ", and their captions")
+    caches = []
+    for number, path in enumerate(data.paths):
+        alone = replace(data, path=path, repeats=(), weights=(), condition="", mask="")
+        caches.append(str(out / f"latents-{number}"))
+        encode(alone, autoencoder.to(device), encoder, caches[-1])
+    return replace(data, cache=caches)
