@@ -32,6 +32,7 @@ setup(
         "eval": ["torchmetrics>=1.9"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
         "dev": [
+            "bitsandbytes>=0.48",
             "diffusers>=0.42",
             "psutil",
             "pytest>=9",

@@ -134,6 +134,12 @@ def memory_bytes(task: Task, config: TrainConfig) -> dict[str, float]:
     return found
 
 
+def peak_bytes(trial: Trial, config: TrainConfig) -> dict[str, float]:
+    """What a device must hold in a step, in bytes by what it is: `memory_bytes`, and activations of a micro-batch."""
+    micro = -(-config.batch_size // config.accumulate)
+    return memory_bytes(trial.task, config) | {"activations": trial.saved_bytes() * micro}
+
+
 def optimizer_bytes(parameters: list[nn.Parameter], config: OptimizerConfig) -> float:
     """What the optimizer keeps of these parameters, but for a few numbers, in bytes."""
     if config.kind == "adafactor":  # of a matrix [O, rest], its row and its column means

@@ -138,6 +138,7 @@ class LatentTask(Task):
         request = Request(
             prompts=prompts,
             seeds=tuple(range(len(prompts))),
+            plain=True,
             steps=self.about.preview_steps,
             guidance=self.about.preview_guidance,
         )

@@ -54,7 +54,13 @@ class DrawnSource:
         config = self.config
         prompts = tuple(config.prompts[row % len(config.prompts)] for row in rows)
         request = Request(
-            prompts, tuple(rows), steps=config.steps, guidance=config.guidance, width=config.size, height=config.size
+            prompts,
+            tuple(rows),
+            plain=True,
+            steps=config.steps,
+            guidance=config.guidance,
+            width=config.size,
+            height=config.size,
         )
         meta = {"weight": config.weight}
         return {

@@ -246,6 +246,7 @@ class FinetuningTask(LatentTask):
         request = Request(
             tuple(batch.captions[:count]),
             tuple(range(count)),
+            plain=True,
             steps=self.config.preview_steps,
             guidance=self.config.preview_guidance,
             height=size[0],

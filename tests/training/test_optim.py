@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -232,7 +233,8 @@ def test_two_halves_equal_the_whole(kind: str, shards: Path, tmp_path: Path) -> 
 
 
 def test_bitsandbytes_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r"adamw8bit' needs bitsandbytes: pip install 'ldm\[gpu\]'") as error:
         build_optimizer(nn.Linear(2, 2), OptimizerConfig(kind="adamw8bit"))
     assert "\n" not in str(error.value)
