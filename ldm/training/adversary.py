@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ldm.models.discriminator import LOSSES, DiscriminatorConfig, PatchDiscriminator, gradient_penalty, lecam
 from ldm.names import known
-from ldm.training.statistics import over_ranks
+from ldm.training.gathering import over_ranks
 from ldm.training.tasks import Metrics, bare
 
 ANCHOR_DECAY = 0.99  # of the running means of logits (Tseng et al. 2021, app. A)

@@ -13,8 +13,9 @@ from ldm.models.discriminator import LOSSES, PatchDiscriminator, logits_for_gene
 from ldm.models.vq import AutoencoderVQ, CodebookConfig, Quantized, VQConfig, perplexity
 from ldm.names import known
 from ldm.training.adversary import AdversaryConfig, adaptive_weight, judge
+from ldm.training.gathering import over_ranks, processes
 from ldm.training.randomness import SampleRandomness, generator
-from ldm.training.statistics import Autoencoder, Latent, over_ranks, track
+from ldm.training.statistics import Autoencoder, Latent, track
 from ldm.training.tasks import Metrics, Task, TaskConfig, bare, freeze
 
 
@@ -170,9 +171,7 @@ class AutoencoderTask(Task):
 
         Every rank fills in those of its own samples, the r-th part of the batch, so that one process finds the same.
         """
-        entries, world, rank = self.config.codebook.entries, 1, 0
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        entries, (rank, world) = self.config.codebook.entries, processes()
         place = torch.randint(raw[0, 0].numel(), (entries,), generator=generator(self.seed, step, "restart"))
         sample = torch.arange(entries) % (world * len(raw)) - rank * len(raw)
         mine = ((sample >= 0) & (sample < len(raw))).to(raw.device)

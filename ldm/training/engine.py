@@ -17,6 +17,7 @@ from data_pipeline.batch import Batch
 from ldm.images import grid, save_png
 from ldm.training.ema import EMA
 from ldm.training.faults import Outcome, Saves, Skips, gradient_norms, step_unless
+from ldm.training.gathering import over_ranks
 from ldm.training.memory import SpeedConfig, check_device, sdpa_order, speed_up
 from ldm.training.metrics import Console, Means, Meter, MetricsFile, floats, rates
 from ldm.training.microbatch import gradients
@@ -34,7 +35,7 @@ from ldm.training.runs import flat
 from ldm.training.sharding import by_blocks, check, full
 from ldm.training.state import TrainState
 from ldm.training.stopping import StopSignal
-from ldm.training.tasks import Metrics, Task, bare
+from ldm.training.tasks import Task, bare
 from ldm.training.trackers import start_trackers, stop_trackers, track, track_picture
 from ldm.training.watch import Watch
 
@@ -151,7 +152,7 @@ def train(
             if skips.full or every(config.log_steps):
                 look()
             if every(config.log_steps):
-                numbers = _finite(floats(_over_ranks(means.pop(), accelerator)))
+                numbers = _finite(floats({k: over_ranks(v, "mean") for k, v in means.pop().items()}))
                 numbers |= {"lr": lr, **rates(state.optimizers), **meter.read(state.ranks, total_steps - state.step)}
                 console.show(state.step, numbers)
                 _write(metrics, state, "train", numbers)
@@ -308,12 +309,6 @@ def _write(metrics: MetricsFile | None, state: TrainState, kind: str, numbers: M
         values = {"step": state.step, "samples": state.samples, "kind": kind, **numbers}
         _attempt("line of metrics", lambda: metrics.write(**values))
         track(state.accelerator, kind, state.step, numbers)
-
-
-def _over_ranks(metrics: Metrics, accelerator: Accelerator) -> Metrics:
-    if accelerator.num_processes == 1:
-        return metrics
-    return {name: accelerator.reduce(value, "mean") for name, value in metrics.items()}
 
 
 def _finite(numbers: dict[str, float]) -> dict[str, float]:

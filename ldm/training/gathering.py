@@ -1,4 +1,4 @@
-"""The rows of all processes as one batch, with the gradients of all their losses."""
+"""What the processes of a run hold together: sums, means, and rows with the gradients of all their losses."""
 
 from typing import Any
 
@@ -11,6 +11,16 @@ def processes() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def over_ranks(tensor: Tensor, operation: str) -> Tensor:
+    """The "sum" or the "mean" of a tensor that every process holds a part of; itself where there is one process."""
+    count = processes()[1]
+    if count == 1:
+        return tensor
+    total = tensor.clone()
+    distributed.all_reduce(total)
+    return total / count if operation == "mean" else total
 
 
 def gather(x: Tensor) -> Tensor:

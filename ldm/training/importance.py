@@ -1,7 +1,9 @@
 """Noise levels drawn as often as their losses are large: less noise in the gradient of the variational bound."""
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+
+from ldm.training.gathering import over_ranks
 
 BUCKETS = 100
 """The schedule in so many equal shares of its time."""
@@ -60,9 +62,7 @@ class LossSecondMoment(nn.Module):
         new = torch.zeros_like(self.new)
         new[0].index_add_(0, bucket, squares)
         new[1].index_add_(0, bucket, finite.double())
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(new)
-        self.new += new
+        self.new += over_ranks(new, "sum")
 
     def _take_in(self, over: Tensor) -> None:
         """Count in the step that was learned from last, if it is `over`."""

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import distributed, tensor
 
+from ldm.training.gathering import processes
+
 
 class Ranks:
     """The processes of a run, talking from host to host (gloo), so that nothing on a GPU is waited for.
@@ -16,9 +18,7 @@ class Ranks:
     """
 
     def __init__(self, timeout: float = 1800.0) -> None:
-        several = distributed.is_available() and distributed.is_initialized()
-        self.rank: int = distributed.get_rank() if several else 0
-        self.count: int = distributed.get_world_size() if several else 1
+        self.rank, self.count = processes()
         self._group: Any = None
         if self.count > 1:
             self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))

@@ -5,18 +5,10 @@ from torch import Tensor
 
 from ldm.models.autoencoder import AutoencoderKL, Posterior
 from ldm.models.vq import AutoencoderVQ, Quantized
+from ldm.training.gathering import over_ranks
 
 Latent = Posterior | Quantized
 Autoencoder = AutoencoderKL | AutoencoderVQ
-
-
-def over_ranks(tensor: Tensor, operation: str) -> Tensor:
-    """The "sum" or the "mean" of a tensor that every process holds a part of; itself where there is one process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tensor
-    total = tensor.clone()
-    torch.distributed.all_reduce(total)
-    return total / torch.distributed.get_world_size() if operation == "mean" else total
 
 
 @torch.no_grad()

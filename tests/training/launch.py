@@ -5,8 +5,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
+
+from ldm.checkpoints.files import newest_valid, read_tensors
+from ldm.config import to_yaml
+from ldm.training.run import RunConfig, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,3 +54,34 @@ def launch(out: Path, fault: str, *words: str, limit: float = 120) -> Ended:
         process.wait()
     seconds = last - mark.stat().st_mtime if mark.exists() else last - start
     return Ended(statuses, [log.read_text() for log in logs], seconds)
+
+
+def two_processes(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """What torchrun starts by these words, in two processes, with what they said."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words],
+        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def by_one_and_by_two(config_of: Callable[[Path], RunConfig], folder: Path) -> dict[int, dict[str, Tensor]]:
+    """The trained weights, and what the task remembers, of the run in one process and of the same in two."""
+    found = {}
+    for processes in (1, 2):
+        out = folder / str(processes)
+        if processes == 1:
+            run(config_of(out))
+        else:
+            file = folder / "two.yaml"
+            file.write_text(to_yaml(config_of(out)))
+            ended = two_processes("-m", "ldm", "train", str(file))
+            assert ended.returncode == 0, ended.stderr
+        newest = newest_valid(out / "checkpoints")
+        assert newest is not None
+        files = [newest / "train" / f"{name}.safetensors" for name in ("weights", "remembered")]
+        found[processes] = {k: v for file in files if file.exists() for k, v in read_tensors(file)[0].items()}
+    assert found[1].keys() == found[2].keys()
+    return found

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
-from ldm.training.statistics import over_ranks
+from ldm.training.gathering import over_ranks
 from ldm.training.tasks import Metrics, Task, bare
 
 BATCH = 8

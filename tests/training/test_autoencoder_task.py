@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from ldm.checkpoints.files import newest_valid, read_tensors
 from ldm.checkpoints.load import load_model
-from ldm.config import to_yaml
 from ldm.models.autoencoder import Posterior
 from ldm.models.discriminator import logits_for_generator
 from ldm.models.perceptual import random_perceptual
@@ -25,6 +20,7 @@ from ldm.training.autoencoder import AutoencoderTask
 from ldm.training.run import build, run
 from ldm.training.statistics import misfit, track
 from tests.conftest import tiny_config
+from tests.training.launch import by_one_and_by_two
 from tests.training.test_resume import files_of, train_in_two_parts
 
 PLAYER = "{channels: 8, layers: 1, norm_groups: 4}"
@@ -281,24 +277,8 @@ def test_two_processes_equal_one(name: str, shards: Path, tmp_path: Path) -> Non
         "optimizer.clip=0",
         "task.normalisation=mean",
     ]
-    found = {}
-    for processes in (1, 2):
-        config = tiny_config("autoencoder", tmp_path / str(processes), shards, *RESUMED[name], *plain)
-        if processes == 1:
-            run(config)
-        else:
-            (tmp_path / "c.yaml").write_text(to_yaml(config))
-            words = ["--standalone", "--nproc_per_node", "2", "-m", "ldm", "train", str(tmp_path / "c.yaml")]
-            subprocess.run(
-                [sys.executable, "-m", "torch.distributed.run", *words],
-                env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-                check=True,
-                timeout=200,
-            )
-        folder = newest_valid(tmp_path / str(processes) / "checkpoints")
-        assert folder is not None
-        found[processes] = read_tensors(folder / "train" / "weights.safetensors")[0]
-    assert found[1].keys() == found[2].keys() and any(k.startswith("discriminator.") for k in found[1])
+    found = by_one_and_by_two(lambda out: tiny_config("autoencoder", out, shards, *RESUMED[name], *plain), tmp_path)
+    assert any(k.startswith("discriminator.") for k in found[1])
     # While all latents choose one code the decoder's input is flat, and its norms magnify rounding a thousandfold.
     near = {"atol": 2e-3, "rtol": 1e-3} if name == "codebook" else {"atol": 1e-5, "rtol": 1e-4}
     for key, value in found[1].items():

@@ -3,9 +3,6 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from ldm.training.engine import VALIDATION_CHUNK
 from ldm.training.run import run
 from ldm.training.tasks import Task
 from tests.conftest import tiny_config
+from tests.training.launch import two_processes
 
 TEXT = TextConfig(width=16, layers=2, heads=2, embed_dim=8, context_length=12, embedding_std=1.0)
 IMAGE = ImageConfig(size=16, patch=8, width=16, layers=1, heads=2, embed_dim=8)
@@ -197,10 +195,8 @@ def gradients_of_half(loss: str, micro_batch: int, dtype: torch.dtype) -> dict[s
 
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one() -> None:
-    words = ["--standalone", "--nproc_per_node", "2", __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    module = [sys.executable, "-m", "torch.distributed.run", *words]
-    subprocess.run(module, env=environment, check=True, timeout=100)
+    ended = two_processes(__file__)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_part_alone_has_another_loss() -> None:

@@ -1,9 +1,6 @@
 """A text encoder that learns with the denoiser, and what a frozen one may come from."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ from data_pipeline.batch import Batch
 from ldm.checkpoints import compvis, diffusers
 from ldm.checkpoints.files import newest_valid, read_tensors, sha256
 from ldm.checkpoints.load import load_model
-from ldm.config import to_yaml
 from ldm.models.text import TextConfig, TextEncoder
 from ldm.models.text_record import text_record
 from ldm.pipeline import Pipeline, Request, pairs
@@ -25,6 +21,7 @@ from ldm.training.posthoc import save_average, tracked
 from ldm.training.run import RunConfig, run
 from tests.checkpoints.families import make
 from tests.conftest import frozen, tiny_config
+from tests.training.launch import by_one_and_by_two
 from tests.training.test_contrastive import waits
 from tests.training.test_resume import files_of, train_in_two_parts
 
@@ -121,21 +118,8 @@ def test_other_averages_are_of_both(models: dict[str, Path], shards: Path, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_equal_one(models: dict[str, Path], shards: Path, tmp_path: Path) -> None:
-    found = {}
-    for processes in (1, 2):
-        config = tiny_config("denoising", tmp_path / str(processes), shards, *words(models))
-        if processes == 1:
-            run(config)
-        else:
-            (tmp_path / "c.yaml").write_text(to_yaml(config))
-            launcher = ["--standalone", "--nproc_per_node", "2", "-m", "ldm", "train", str(tmp_path / "c.yaml")]
-            environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "torch.distributed.run", *launcher]
-            subprocess.run(command, env=environment, check=True, timeout=200)
-        folder = newest_valid(tmp_path / str(processes) / "checkpoints")
-        assert folder is not None
-        found[processes] = read_tensors(folder / "train" / "weights.safetensors")[0]
-    assert found[1].keys() == found[2].keys() and any(name.startswith("joint.text.") for name in found[1])
+    found = by_one_and_by_two(lambda out: tiny_config("denoising", out, shards, *words(models)), tmp_path)
+    assert any(name.startswith("joint.text.") for name in found[1])
     for name, value in found[1].items():  # Adam divides by the gradient's size: see test_processes
         torch.testing.assert_close(found[2][name], value, atol=5e-5, rtol=1e-3)
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +29,7 @@ from ldm.training.peaks import PEAKS, peak_flops
 from ldm.training.ranks import Ranks
 from ldm.training.run import run
 from tests.conftest import frozen, tiny_config
+from tests.training.launch import two_processes
 
 CPU = torch.device("cpu")
 
@@ -248,13 +247,8 @@ main()
 def test_a_process_that_waits_for_data_shows(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(to_yaml(tiny_config("autoencoder", tmp_path / "out", shards)))
     (tmp_path / "straggler.py").write_text(STRAGGLER)
-    words = ["--standalone", "--nproc_per_node", "2", str(tmp_path / "straggler.py"), "train", str(tmp_path / "c.yaml")]
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words],
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-        check=True,
-        timeout=200,
-    )
+    ended = two_processes(str(tmp_path / "straggler.py"), "train", str(tmp_path / "c.yaml"))
+    assert ended.returncode == 0, ended.stderr
     lines = [line for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if line["kind"] == "train"][1:]
     assert [line["data_wait_rank"] for line in lines] == [1, 1, 1]
     assert all(line["step_seconds"] >= 0.3 and line["data_wait"] > 0.3 for line in lines)

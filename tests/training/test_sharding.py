@@ -1,10 +1,8 @@
 """Two processes that share out the weights train what one process trains, and leave the same checkpoints."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +24,7 @@ from ldm.training.memory import SpeedConfig
 from ldm.training.run import build, run
 from ldm.training.sharding import check, full, local, scattered, unsharded, whole
 from tests.conftest import frozen, tiny_config
-from tests.training.launch import launch
+from tests.training.launch import launch, two_processes
 from tests.training.planted import TinyTask
 from tests.training.test_resume import files_of
 
@@ -35,14 +33,7 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POL
 
 def launched(config: Path, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """A run of two processes, as `accelerate launch` starts one."""
-    command = ["--standalone", "--nproc_per_node", "2", "-m", "ldm", "train", str(config), *words]
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *command],
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    return two_processes("-m", "ldm", "train", str(config), *words, **environment)
 
 
 def trained(out: Path) -> dict[str, torch.Tensor]:
