@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _NEGATIVE = "Negative prompt:"
+_RECORD = "record"
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -75,18 +76,21 @@ def save_png(
     path: str | Path,
     settings: Mapping[str, Any] | None = None,
     *,
+    record: Mapping[str, Any] | None = None,
     overwrite: bool = True,
 ) -> None:
     """Write a PNG that appears under its name only when it is complete.
 
     settings: kept in the file, as text that other tools read (chunk `parameters`) and as JSON (chunk `ldm`).
+    record: all that is needed to draw it again, kept beside the settings in the JSON alone; `read_record` gives it.
     Raises FileExistsError if the name is taken and `overwrite` is off, even by another process meanwhile.
     """
     path = Path(path)
     chunks = PngImagePlugin.PngInfo()
     if settings is not None:
         chunks.add_text("parameters", format_parameters(settings))
-        chunks.add_text("ldm", json.dumps(settings, ensure_ascii=False))
+        whole = dict(settings) if record is None else {**settings, _RECORD: record}
+        chunks.add_text("ldm", json.dumps(whole, ensure_ascii=False))
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         image.save(partial, "PNG", pnginfo=chunks)
@@ -103,17 +107,19 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
     Raises ValueError if the file is no PNG.
     """
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            chunks: dict[str, str] = getattr(image, "text", {})
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a PNG file") from error
-    if "ldm" in chunks:
-        try:
-            return dict(json.loads(chunks["ldm"]))
-        except ValueError as error:
-            raise ValueError(f"{path} has an 'ldm' chunk that is not a JSON object") from error
-    return parse_parameters(chunks.get("parameters", ""))
+    chunks = _text_of(path)
+    if "ldm" not in chunks:
+        return parse_parameters(chunks.get("parameters", ""))
+    return {key: value for key, value in _ours(path, chunks).items() if key != _RECORD}
+
+
+def read_record(path: str | Path) -> dict[str, Any] | None:
+    """The record that `save_png` kept in a PNG, None if there is none. Raises ValueError if the file is no PNG."""
+    chunks = _text_of(path)
+    record = _ours(path, chunks).get(_RECORD) if "ldm" in chunks else None
+    if record is not None and not isinstance(record, dict):
+        raise ValueError(f"{path} has a record that is not a JSON object")
+    return record
 
 
 def format_parameters(settings: Mapping[str, Any]) -> str:
@@ -155,6 +161,24 @@ def _open(path: str | Path, mode: str, size: tuple[int, int] | None) -> Image.Im
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
         raise ValueError(f"{path} is no picture that can be read ({error})") from error
     return image if size is None or size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _text_of(path: str | Path) -> dict[str, str]:
+    """The text chunks of a PNG."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return dict(getattr(image, "text", {}))
+    except FileNotFoundError as error:
+        raise ValueError(f"no picture {str(path)!r}") from error
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoder raises
+        raise ValueError(f"{path} is not a PNG file that can be read") from error
+
+
+def _ours(path: str | Path, chunks: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(chunks["ldm"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} has an 'ldm' chunk that is not a JSON object") from error
 
 
 def _quote(value: str) -> str:

@@ -42,7 +42,7 @@ def test_commands_exist(page: Path) -> None:
             assert words[1] in targets, words
         if "ldm" in words:
             words = words[words.index("ldm") + 1 :]
-            path = words[:2] if words[0] in ("data", "evaluate") else words[:1]
+            path = words[:2] if words[0] in ("data", "evaluate", "adapter") else words[:1]
             shown = {w for w in words if w.startswith("--")}
             assert shown <= option_names(app, path), words
             for word in words:
@@ -78,12 +78,16 @@ def test_the_commands_run(models: dict[str, Path], tmp_path: Path, monkeypatch: 
             continue
         if words[1] == "evaluate":
             continue  # needs a model of 32 px; the end-to-end test runs it
-        monkeypatch.setattr("sys.argv", [*words, "--workers", "0"] if "--workers" in words else words)
+        short = ["--workers", "0"] if "--workers" in words else ["samples=4"] if words[1] == "finetune" else []
+        monkeypatch.setattr("sys.argv", [*words, *short])
         with pytest.raises(SystemExit) as stop:
             main()
         assert stop.value.code in (0, None), words
         run.append(words[1])
-    assert run == ["data", "data", "data", "train", "generate", "inspect", "convert", "generate"]
+    steps = ["data", "data", "data", "train", "finetune", "generate", "generate", "generate", "generate"]
+    assert run == [*steps, "inspect", "convert", "generate"]
+    first, again = (tmp_path / name / "00000-0.png" for name in ("changed", "again"))
+    assert first.read_bytes() == again.read_bytes()
     assert list((tmp_path / "lighthouse").glob("0*.png"))
     assert len(list((tmp_path / "pictures").glob("0*.png"))) == 8
 

@@ -73,17 +73,13 @@ class Library:
 
     def use(self, wanted: Wanted) -> None:
         """Have on what is always on and these, and nothing else."""
-        weights = self.all_of(wanted)
-        if weights == lora.attached(self.components):
+        weights, there = self.all_of(wanted), lora.attached(self.components)
+        if list(weights.items()) == list(there.items()):
             return
-        for name in lora.attached(self.components):
-            if name not in weights:
-                lora.detach(self.components, name)
-        there = lora.attached(self.components)
+        for name in there:  # also those that stay: sums are rounded, and must not depend on what was on before
+            lora.detach(self.components, name)
         for name, weight in weights.items():
-            if name not in there:
-                lora.attach(self.components, self._adapter(name), weight, name)
-        lora.set_weights(self.components, weights)
+            lora.attach(self.components, self._adapter(name), weight, name)
 
     def hashes(self, wanted: Wanted) -> str:
         """ "name: hash, ..." of all that `use` has on: the first 12 digits of the sha256 of each file."""

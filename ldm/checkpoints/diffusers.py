@@ -21,8 +21,13 @@ WEIGHTS = "diffusion_pytorch_model"
 LEFT_OUT = "left_out.safetensors"
 """What the library's own text encoder has no room for: the blocks that the context leaves out, the projection."""
 
-PLACES = {"vae": "autoencoder", "unet": "denoiser", "transformer": "denoiser"}
-PLACES |= {"controlnet": "controlnet", "t2i_adapter": "t2i_adapter"}
+PLACES = {
+    "vae": "autoencoder",
+    "unet": "denoiser",
+    "transformer": "denoiser",
+    "controlnet": "controlnet",
+    "t2i_adapter": "t2i_adapter",
+}
 TEXT_ENCODERS = ("T5EncoderModel", "UMT5EncoderModel", "BertModel", "RobertaModel", "XLMRobertaModel")
 CONTEXT_LENGTH = 77  # tokens of a prompt for encoders that do not say how many they were used with
 UNETS = ("UNet2DConditionModel", "UNet2DModel")

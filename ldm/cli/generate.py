@@ -1,23 +1,10 @@
 """`ldm generate`."""
 
-import itertools
-import math
-import re
-import sys
-from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from ldm.pipeline import Given
-
-GRID_IMAGES = 64  # as many as one can look at; the rest are in their files
-
 
 STEERING = {
     "rescale": "pull the spread of guided estimates back: against overexposure; 0.7 usual",
@@ -66,11 +53,52 @@ def _list_steering(asked: bool) -> None:
     raise typer.Exit
 
 
+def _recall(ctx: typer.Context, path: Path | None) -> Path | None:
+    """What --from says stands in for every option that is not given."""
+    if path is not None:
+        from ldm.cli.replay import defaults
+
+        ctx.default_map, unused = defaults(path)
+        if unused:
+            typer.echo(f"not used of what {path} says: {', '.join(unused)}", err=True)
+    return path
+
+
 def generate(
+    ctx: typer.Context,
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run or model folder, a folder of diffusers, or a file.")
-    ],
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, each in quotes.")],
+    ] = "",
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw, each in quotes.")
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="PICTURE.png",
+            is_eager=True,
+            callback=_recall,
+            help="Draw that picture again; other options override what it says.",
+        ),
+    ] = None,
+    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="A file with a prompt a line.")] = None,
+    wildcards: Annotated[
+        Path | None, typer.Option(help="A folder: __NAME__ in a prompt is a line of its NAME.txt, {a|b} is a or b.")
+    ] = None,
+    styles: Annotated[Path | None, typer.Option(help="A styles.csv of AUTOMATIC1111.")] = None,
+    style: Annotated[list[str] | None, typer.Option(help="A style of --styles; may be repeated.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Read prompts as they are, without a grammar.")] = False,
+    clip_skip: Annotated[
+        int, typer.Option(help="The layer of CLIP that is heard, counted from the last, 1; 0 is the model's own.")
+    ] = 0,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="An adapter for all prompts; may be repeated.")
+    ] = None,
+    loras: Annotated[str, typer.Option(help="A folder of adapters: <lora:NAME:WEIGHT> in a prompt is NAME.*.")] = "",
+    embeddings: Annotated[
+        list[str] | None, typer.Option(help="A textual inversion, or a folder of them; may be repeated.")
+    ] = None,
     negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
     count: Annotated[int, typer.Option(help="Images per prompt; the k-th uses seed + k.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed and settings draw the same image.")] = 0,
@@ -84,13 +112,51 @@ def generate(
     weak: Annotated[str, typer.Option(help="A weaker model, to steer away from in place of the negative.")] = "",
     classifier: Annotated[str, typer.Option(help="A run of the classifier task, for --steer label=...")] = "",
     clip: Annotated[str, typer.Option(help="A run of the contrastive task, for --steer clip_scale=...")] = "",
-    image: Annotated[Path | None, typer.Option(help="A picture to go by, with --mask, --measure or --shows.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from, edit, enlarge or draw into.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How far to leave --image, above 0 to 1; 0.75 unless it is masked.")
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="Draw anew where this picture is white.")] = None,
+    mask_blur: Annotated[float, typer.Option(help="Soften the mask by a Gaussian of so many px.")] = 0.0,
+    mask_full_resolution: Annotated[
+        int | None, typer.Option(metavar="PX", help="Draw only what is that near to the mask, at the full size.")
+    ] = None,
+    mask_invert: Annotated[bool, typer.Option("--mask-invert", help="Draw where the mask is black.")] = False,
+    mask_fill: Annotated[
+        str, typer.Option(help="What --strength starts from in the mask: original, fill, noise or nothing.")
+    ] = "original",
+    outpaint: Annotated[
+        str, typer.Option(metavar="L,R,T,B", help="Continue --image by px at left, right, top, bottom.")
+    ] = "",
     resample: Annotated[int, typer.Option(help="Times to draw each stretch, so that it fits what is kept.")] = 1,
     measure: Annotated[str, typer.Option(help="What --image is of the result: downscale:4, blur:2.5.")] = "",
     shows: Annotated[str | None, typer.Option(help="The prompt that fits --image: draw from its noise.")] = None,
+    image_guidance: Annotated[float, typer.Option(help="Editing models: how strictly to keep to --image.")] = 1.5,
+    noise_level: Annotated[int, typer.Option(help="Enlarging models: noise put on --image first.")] = 20,
+    depth: Annotated[Path | None, typer.Option(help="Depth models: a picture of it, near is bright.")] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL=PICTURE[:WEIGHT[:START-END]]", help="A ControlNet or T2I-adapter; may be repeated."
+        ),
+    ] = None,
+    variation: Annotated[
+        str, typer.Option(metavar="SEED:STRENGTH", help="Move the start noise towards that of other seeds.")
+    ] = "",
+    upscale: Annotated[float, typer.Option(help="Draw on at so many times the size.")] = 1.0,
+    upscale_by: Annotated[
+        str, typer.Option(help="Latents by nearest, bilinear or bicubic; pixels by lanczos.")
+    ] = "bicubic",
+    upscale_strength: Annotated[float, typer.Option(help="How far the second pass leaves the first.")] = 0.7,
+    upscale_steps: Annotated[int, typer.Option(help="Steps of the second pass; 0 is as many as --steps.")] = 0,
+    refiner: Annotated[str, typer.Option(help="A model that draws the last steps.")] = "",
+    refiner_switch: Annotated[float, typer.Option(help="The share of the steps before it takes over.")] = 0.8,
     size: Annotated[str, typer.Option(help="Pixels, N or WxH; without it, the size trained at.")] = "",
     batch: Annotated[int, typer.Option(help="Images at a time; fewer need less memory.")] = 16,
+    dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32; else as stored, on a CPU fp32.")] = "",
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Decode in tiles; on a GPU, hold one part of the model at a time.")
+    ] = False,
     prediction: Annotated[str, typer.Option(help="What the model predicts, against its file: eps, v, x0.")] = "",
     ema: Annotated[bool, typer.Option(help="Averaged weights of a CompVis file that has both.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
@@ -100,6 +166,12 @@ def generate(
     list_steering: Annotated[
         bool, typer.Option("--list-steering", is_eager=True, callback=_list_steering, help="What --steer knows.")
     ] = False,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V,V,...", help="Every image by each value, on labelled sheets; up to three keys."),
+    ] = None,
+    preview: Annotated[int, typer.Option(metavar="N", help="Show every N-th step in OUT/preview.png.")] = 0,
+    page: Annotated[bool, typer.Option("--page", help="Show all that is in OUT in OUT/index.html.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the images; nothing in it is overwritten.")] = Path("out"),
 ) -> None:
     """Draw pictures from prompts with a trained model.
@@ -108,104 +180,32 @@ def generate(
 
     Writes 00000-SEED.png, ... with the settings inside each file, and for several images a grid.
     """
-    import torch
+    given = dict(locals())
     from tqdm import tqdm
 
-    from ldm.config import load_config
-    from ldm.diffusion.prediction import PREDICTIONS
-    from ldm.images import grid, to_pil
-    from ldm.names import known
-    from ldm.pipeline import Companions, Pipeline, Request, Steering, pairs
+    from ldm.cli.contact import write_page
+    from ldm.cli.options import Asked, Drawing, Models, gathered
+    from ldm.cli.pictures import Pictures
+    from ldm.cli.plan import carry_out, planned
+    from ldm.cli.replay import DECIDE, check_place
+    from ldm.cli.sheets import axes, is_axis
 
-    width, height = _size(size)
-    request = Request(  # checks what it can before any weights are read
-        *pairs(prompts, count, seed),
-        negative=negative,
-        steps=steps,
-        sampler=sampler,
-        eta=eta,
-        spacing=spacing or None,
-        guidance=guidance,
-        variance=variance or None,
-        steering=load_config(Steering, [], steer or []),
-        given=_given(image, mask, resample, measure, shows, width, height),
-        width=width,
-        height=height,
-        batch=batch,
-    )
-    if prediction:
-        known("prediction", prediction, PREDICTIONS)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = Pipeline.load(model, device, prediction=prediction or None, ema=ema)
-    pipeline.companions = Companions.load(weak, classifier, clip, device=device, diffusion=pipeline.diffusion)
-    stream = pipeline.stream(request)  # checks the rest
-    out.mkdir(parents=True, exist_ok=True)
-    numbers, index, shown = _numbers(out, ""), 0, []
-    per_batch = pipeline.steps(request)
-    with tqdm(total=per_batch * request.batches, unit="step", disable=not sys.stderr.isatty()) as bar:
-        for step in stream:
-            bar.update()
-            if (step.index + 1) % per_batch:
-                continue
-            for picture in map(to_pil, pipeline.pictures(request, step)):
-                name = f"{{:05d}}-{request.seeds[index]}.png"
-                bar.write(str(_save(picture, out, name, numbers, pipeline.settings(request, index))))
-                shown += [picture] if index < GRID_IMAGES else []
-                index += 1
-    if len(shown) > 1:
-        columns = count if 1 < count <= 16 else math.ceil(math.sqrt(len(shown)))
-        sheet = grid(shown, columns)
-        path = _save(sheet, out, "grid-{:05d}.png", _numbers(out, "grid-"), pipeline.settings(request, 0))
-        typer.echo(path)
+    words = [word for word in prompts or () if grid and is_axis(word)]  # --grid steps=10,20 guidance=3,7
+    along = axes([*(grid or ()), *words])
+    models, drawing = gathered(Models, given), gathered(Drawing, given)
+    pictures, asked = gathered(Pictures, given), gathered(Asked, given)
+    alone = prompts_file is not None and not _said(ctx, "prompts")  # a file of prompts in the place of those recalled
+    asked = replace(asked, prompts=() if alone else tuple(p for p in asked.prompts if p not in words))
+    if from_ is not None:
+        check_place(models, from_)
+    again = None if _said(ctx, *DECIDE) else from_
+    for path in carry_out(planned(models, drawing, pictures, asked, along, again), out, preview):
+        tqdm.write(str(path))
+    if page:
+        tqdm.write(str(write_page(out)))
 
 
-def _size(size: str) -> tuple[int | None, int | None]:
-    """ "N" or "WxH" -> width, height; "" -> the model's own."""
-    if not size:
-        return None, None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", size.strip().lower())
-    if match is None:
-        raise ValueError(f"--size must be N or WxH, such as 512 or 768x512, got {size!r}")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def _given(
-    image: Path | None,
-    mask: Path | None,
-    resample: int,
-    measure: str,
-    shows: str | None,
-    width: int | None,
-    height: int | None,
-) -> "Given | None":
-    """The picture to go by; with a --size, but not as a measurement, it is scaled to that."""
-    from ldm.images import open_mask, open_picture
-    from ldm.pipeline import Given
-
-    if image is None:
-        if mask or measure or shows is not None or resample != 1:
-            raise ValueError("--mask, --measure, --shows and --resample go with an --image")
-        return None
-    wanted = None if measure or width is None or height is None else (width, height)
-    drawn = None if mask is None else open_mask(mask, wanted)
-    return Given(open_picture(image, wanted), mask=drawn, resample=resample, measure=measure, shows=shows)
-
-
-def _numbers(folder: Path, prefix: str) -> Iterator[int]:
-    """Numbers after those of the PNG files that begin with `prefix` and a number."""
-    names = (re.match(rf"{prefix}(\d+).*\.png$", file.name) for file in folder.iterdir())
-    return itertools.count(max((int(name[1]) for name in names if name), default=-1) + 1)
-
-
-def _save(picture: "Image.Image", folder: Path, name: str, numbers: Iterator[int], settings: dict[str, Any]) -> Path:
-    """Save under the next number that is free, also if another process takes names in the same folder."""
-    from ldm.images import save_png
-
-    while True:
-        path = folder / name.format(next(numbers))
-        try:
-            save_png(picture, path, settings, overwrite=False)
-            return path
-        except FileExistsError:
-            continue
+def _said(ctx: typer.Context, *names: str) -> bool:
+    """Whether one of these options was given, rather than recalled or left out."""
+    sources = (ctx.get_parameter_source(name) for name in names)
+    return any(source is not None and source.name == "COMMANDLINE" for source in sources)

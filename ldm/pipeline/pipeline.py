@@ -181,6 +181,19 @@ class Pipeline:
         return self.diffusion.for_size(*shape[-2:]).denoise(self._network, cond)
 
     @property
+    def adapters(self) -> dict[str, Path]:
+        """What prompts may ask for: where adapters are, by name."""
+        return self.library.paths
+
+    @adapters.setter
+    def adapters(self, paths: dict[str, Path]) -> None:
+        self.library.paths = paths
+
+    def attach(self, path: str | Path, weight: float = 1.0) -> None:
+        """Have an adapter on for every picture. Raises ValueError for one that does not fit the model."""
+        self.library.put_on(path, weight)
+
+    @property
     def multiple(self) -> int:
         """What the width and height of pictures, px, must be multiples of."""
         return int(self.autoencoder.factor * getattr(self.denoiser, "factor", 1))

@@ -88,7 +88,9 @@ def test_compvis_and_diffusers_are_each_others_inverse(family: str, tmp_path: Pa
     assert before.keys() == after.keys() and all(torch.equal(after[k], before[k]) for k in before)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd2", "controlnet", "t2i_adapter", "dit", "autoencoder", "x4 upscaler"])
+@pytest.mark.parametrize(
+    "family", ["sd1", "sdxl", "sd2", "controlnet", "t2i_adapter", "dit", "autoencoder", "x4 upscaler"]
+)
 def test_a_file_that_says_nothing_of_itself(family: str, tmp_path: Path) -> None:
     """As the published ones: no metadata, half precision, tensors of training left in. Told from names and shapes."""
     path = place(tmp_path, "compvis")

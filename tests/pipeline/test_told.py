@@ -166,14 +166,14 @@ def folder(tmp_path):
 
 def test_adapters_that_prompts_ask_for(folder):
     pipeline, plain = small(), small()
-    pipeline.library.paths = {path.stem: path for path in folder.glob("*.safetensors")}
+    pipeline.adapters = {path.stem: path for path in folder.glob("*.safetensors")}
     weights = {k: v.clone() for k, v in pipeline.denoiser.state_dict().items()}
     without = pipeline(one("a cat"))
     drawn = pipeline(one("a cat <lora:glow:0.5><lora:ink>"))
     assert attached(pipeline.library.components) == {"glow": 0.5, "ink": 1.0}
     assert not torch.equal(drawn, without)
-    plain.library.put_on(folder / "glow.safetensors", 0.5)
-    plain.library.put_on(folder / "ink.safetensors")
+    plain.attach(folder / "glow.safetensors", 0.5)
+    plain.attach(folder / "ink.safetensors")
     assert torch.equal(plain(one("a cat")), drawn)
     assert torch.equal(pipeline(one("a cat")), without)  # what is not asked for comes off, to the bit
     assert all(torch.equal(v, weights[k]) for k, v in pipeline.denoiser.state_dict().items())
@@ -183,7 +183,7 @@ def test_adapters_that_prompts_ask_for(folder):
 
 def test_images_of_other_adapters_need_batches_of_their_own(folder):
     pipeline = small()
-    pipeline.library.paths = {path.stem: path for path in folder.glob("*.safetensors")}
+    pipeline.adapters = {path.stem: path for path in folder.glob("*.safetensors")}
     prompts = ("a cat <lora:glow>", "a cat", "a dog <lora:ink>")
     asked = Request(prompts, (1, 2, 3), steps=2, width=16, height=16, batch=1)
     drawn = pipeline(asked)
@@ -198,18 +198,18 @@ def test_adapters_that_are_not_there_or_do_not_fit(folder):
     pipeline = small()
     with pytest.raises(ValueError, match="no folder of adapters was given"):
         pipeline.stream(one("a cat <lora:glow>"))
-    pipeline.library.paths = {"glow": folder / "glow.safetensors"}
+    pipeline.adapters = {"glow": folder / "glow.safetensors"}
     with pytest.raises(ValueError, match="did you mean 'glow'"):
         pipeline.stream(one("a cat <lora:glowing>"))
     wide = small("inpainting")  # another conv_in, but the same attention: it fits
-    wide.library.put_on(folder / "glow.safetensors")
+    wide.attach(folder / "glow.safetensors")
     shutil.copy(folder / "glow.safetensors", folder / "other.safetensors")
     torch.manual_seed(0)
     other = small()
     other.denoiser = type(other.denoiser)(replace(other.denoiser.config, channels=32)).eval()
     other.library.components["denoiser"] = other.denoiser
     with pytest.raises(ValueError, match="made for another model"):
-        other.library.put_on(folder / "other.safetensors")
+        other.attach(folder / "other.safetensors")
 
 
 def test_learned_words(pipeline):
