@@ -37,6 +37,9 @@ TASKS = {
             "task.perceptual=random",
             "task.adversary={weight: 0.5, adaptive: true, start_step: 1, r1: 1.0, lecam: 0.1}",
             "task.adversary.model={channels: 8, layers: 1, norm_groups: 4}",
+            # With seed 0 rounding meets a kink (|x| at 0) in the third step of float32: the gradient jumps by 2e-3, and
+            # with it the adversary's weight. Of float64 no seed does.
+            "seed=1",
         ],
     ),
     "codebook": ("autoencoder", ["task.codebook={entries: 8, decay: 0.9}"]),
