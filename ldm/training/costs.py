@@ -135,9 +135,9 @@ def memory_bytes(task: Task, config: TrainConfig) -> dict[str, float]:
 
 
 def peak_bytes(trial: Trial, config: TrainConfig) -> dict[str, float]:
-    """What a device must hold in a step, in bytes by what it is: `memory_bytes`, and activations of a micro-batch."""
+    """What a device must hold in a step, in bytes by what it is: `memory_bytes` and a micro-batch's activations."""
     micro = -(-config.batch_size // config.accumulate)
-    return memory_bytes(trial.task, config) | {"activations": trial.saved_bytes() * micro}
+    return memory_bytes(trial.task, config) | {f"activations of {micro} samples": trial.saved_bytes() * micro}
 
 
 def optimizer_bytes(parameters: list[nn.Parameter], config: OptimizerConfig) -> float:
@@ -166,9 +166,8 @@ def estimate(task: Task, data: list[ShardReader], config: TrainConfig, data_conf
     if config.speed.checkpointing:
         for name in task.trained:
             checkpoint_blocks(getattr(task, name))
-    trial, memory = Trial(task, data, config, data_config), memory_bytes(task, config)
-    micro = -(-config.batch_size // config.accumulate)
-    fixed, activations = sum(memory.values()), trial.saved_bytes() * micro
+    trial = Trial(task, data, config, data_config)
+    memory = peak_bytes(trial, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = peak_flops(device, config.precision, tf32=config.speed.tf32)
     if tflops:
@@ -184,11 +183,10 @@ def estimate(task: Task, data: list[ShardReader], config: TrainConfig, data_conf
     disk += snapshots * len(config.snapshot_sigmas) * memory["gradients"]  # of the size of the trained parameters
     halved = " (in 16 bits between half and all of that)" if config.precision != "no" else ""
     parts = ", ".join(f"{what} {_size(count)}" for what, count in memory.items())
-    total = _size(fixed + activations)
     return "\n".join(
         [
             str(summary),
-            f"memory: {total}: {parts}, activations of {micro} samples {_size(activations)}{halved}",
+            f"memory: {_size(sum(memory.values()))}: {parts}{halved}",
             f"time: {clock(summary.flop / rate)} at {rate / 1e12:.3g} TFLOP/s, {why}; data and validation come on top",
             f"disk: {_size(checkpoint)} a checkpoint, {_size(disk)} at most for {config.keep} and one being written"
             + (f" and {snapshots} snapshots" if snapshots else ""),

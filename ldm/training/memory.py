@@ -17,6 +17,7 @@ from ldm.models.mmdit import JointBlock
 from ldm.models.unet import UNetLayer
 from ldm.names import known
 from ldm.nn.blocks import PixelAttention, ResidualBlock
+from ldm.nn.transfer import own
 from ldm.training.onednn import train_by_onednn
 from ldm.training.tasks import Task
 from ldm.types import Conditioning
@@ -88,6 +89,7 @@ def speed_up(task: Task, config: SpeedConfig, device: torch.device) -> None:
         for name, module in task.named_children():
             if name not in task.trained:  # weights that change would be copied back and forth
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                own(module)
         if not train_by_onednn(task):
             log.info("speed.fast_cpu: this torch lacks oneDNN's linear layers; going on without")
     if config.checkpointing and not sum(checkpoint_blocks(module) for module in trained.values()):

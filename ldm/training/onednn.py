@@ -23,7 +23,7 @@ class TrainedOneDNNLinear(nn.Linear):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # beside a frozen weight x may go
         return _product(x, weight, bias)
 
     @staticmethod
@@ -32,7 +32,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])  # [N, out]
         for_x = _product(gradient.contiguous(), weight.t()) if ctx.needs_input_grad[0] else None
-        for_weight = _outer(rows, x.reshape(len(rows), -1)) if ctx.needs_input_grad[1] else None
+        for_weight = None if x is None else _outer(rows, x.reshape(len(rows), -1))
         for_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return for_x, for_weight, for_bias
 
