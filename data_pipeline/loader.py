@@ -94,14 +94,15 @@ class Loader:
 def fixed_batch(data: ShardReader | Sequence[ShardReader], config: DataConfig, count: int) -> Batch:
     """The first `count` samples in stored order, for validation and previews.
 
-    Centred squares, not flipped, main captions, read from the pictures themselves.
+    Centred squares, not flipped, main captions, in the first template, read from the pictures themselves.
     """
     readers = _readers(data)
     total = sum(len(reader) for reader in readers)
     if not 1 <= count <= total:
         named = ", ".join(reader.path for reader in readers)
         raise ValueError(f"count={count}: {named} has {total} samples")
-    plain = DataConfig(config.path, config.size, condition=config.condition, mask=config.mask)
+    templates = tuple(config.templates[:1])
+    plain = DataConfig(config.path, config.size, templates=templates, condition=config.condition, mask=config.mask)
     samples = Samples(readers, plain, seed=0)
     size = samples.size
     places = ((d, i) for d, reader in enumerate(readers) for i in range(len(reader)))

@@ -94,7 +94,7 @@ def prepare_folder(
 
     A folder of shards stands for itself. Pictures in kohya's folders 0_name are left out. `progress(done, total)`
     counts pictures. Raises ValueError, before anything is written, when there are no pictures, none has a caption,
-    `holdout` leaves nothing to train on.
+    `holdout` leaves nothing to train on, or not one picture is usable.
     """
     if Path(pictures, INDEX).is_file():
         return _finished(str(pictures), config)
@@ -165,6 +165,11 @@ def _build(
     rejected = {"0 repeats": len(source) - len(used)} if len(used) < len(source) else {}
     done, samples = 0, dict[str, int]()
     for name, rows in parts.items():
+        if reasons := _all_rejected(source, rows):
+            for reason in reasons:
+                rejected[reason] = rejected.get(reason, 0) + 1
+            done += len(rows)
+            continue
 
         def count(so_far: int, _: int, before: int = done) -> None:
             if progress:
@@ -176,12 +181,15 @@ def _build(
         for reason, found in report.rejected.items():
             rejected[reason] = rejected.get(reason, 0) + found.count
         done += len(rows)
-    training = sorted(name for name in parts if name != "validation")
+    training = sorted(samples.keys() - {"validation"})
+    if not training:
+        listed = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
+        raise ValueError(f"not one of {len(source)} pictures in {source.config.path} is usable ({listed})")
     prepared: dict[str, Any] = {
         "folders": training,
         "repeats": [float(times[parts[name][0]]) for name in training],
         "samples": [samples[name] for name in training],
-        "validation": "validation" if "validation" in parts else "",
+        "validation": "validation" if "validation" in samples else "",
         "rejected": rejected,
     }
     write_atomically(folder / PREPARED, shards.seal(prepared))
@@ -190,9 +198,11 @@ def _build(
 def _held_out(source: FolderSource, used: list[int], holdout: float | None) -> set[int]:
     """The rows kept for validation: the usable ones with the smallest hashes, so that most stay when others come.
 
-    Raises ValueError when that leaves nothing to train on, or `holdout` is neither a count nor a share.
+    Pictures without a caption do not count, and a usable one is always left. Raises ValueError when `holdout` leaves
+    nothing to train on, or is neither a count nor a share.
     """
-    rows = len(used)
+    captioned = [row for row in used if source.has_caption(row)]
+    rows = len(captioned)
     if holdout is None:
         wanted = 0 if rows < FEWEST_TO_HOLD_OUT else min(max(1, rows // _HELD_OUT_SHARE), _HELD_OUT_MOST)
     elif holdout < 0 or (holdout >= 1 and holdout != int(holdout)):
@@ -201,16 +211,34 @@ def _held_out(source: FolderSource, used: list[int], holdout: float | None) -> s
         wanted = int(holdout) if holdout >= 1 or not holdout else max(1, round(holdout * rows))
     if wanted >= rows:
         raise ValueError(f"holdout={holdout} of {rows} pictures leaves none to train on")
-    chosen: set[int] = set()
-    for row in sorted(used, key=lambda row: hashlib.sha256(source.name(row).encode()).digest()):
-        if len(chosen) == wanted:
+    usable: list[int] = []
+    for row in sorted(captioned, key=lambda row: hashlib.sha256(source.name(row).encode()).digest()):
+        if not wanted or len(usable) > wanted:
             break
-        try:
-            check_shapes(source[row])
-        except Rejected:
-            continue  # named in the ledger of what is trained on
-        chosen.add(row)
-    return chosen
+        if not _why_rejected(source, row):  # else it is named in the ledger of what is trained on
+            usable.append(row)
+    if holdout is not None and 0 < len(usable) <= wanted:
+        raise ValueError(f"holdout={holdout} of {len(usable)} usable pictures leaves none to train on")
+    return set(usable[: min(wanted, len(usable) - 1)]) if usable else set()
+
+
+def _all_rejected(source: FolderSource, rows: list[int]) -> list[str]:
+    """Why each of the rows cannot be used; nothing as soon as one can."""
+    reasons: list[str] = []
+    for row in rows:
+        if not (reason := _why_rejected(source, row)):
+            return []
+        reasons.append(reason)
+    return reasons
+
+
+def _why_rejected(source: FolderSource, row: int) -> str:
+    """Why the picture cannot be used, "" if it can."""
+    try:
+        check_shapes(source[row])
+    except Rejected as rejected:
+        return rejected.reason
+    return ""
 
 
 class Chosen:

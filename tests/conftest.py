@@ -72,6 +72,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, 
     for kind in ("autoencoder", "contrastive"):
         run(tiny_config(kind, root / kind, shards))
     run(tiny_config("denoising", root / "denoising", shards, *frozen(root)))
+    AcceleratorState._reset_state(reset_partial_state=True)  # the first test may ask for another precision
     return {kind: root / kind for kind in TINY}
 
 

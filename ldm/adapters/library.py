@@ -1,5 +1,6 @@
 """Adapters by name: those in a folder, those that prompts ask for, and those that are on a model."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,7 +8,8 @@ from torch import nn
 
 from ldm.adapters import lora
 from ldm.adapters.adapter import Adapter, check_fit
-from ldm.adapters.files import read
+from ldm.adapters.files import DIFFUSERS_FILE, read
+from ldm.adapters.peft_folder import CONFIG, PLACES
 from ldm.checkpoints.files import sha256
 from ldm.checkpoints.foreign import FILES
 from ldm.names import known
@@ -17,18 +19,21 @@ Wanted = tuple[tuple[str, float], ...]
 
 
 def adapters_in(folder: str | Path) -> dict[str, Path]:
-    """The adapters in a folder and below, by file name without suffix, and folders of peft by theirs.
+    """The adapters in a folder and below, by name: of a file that without suffix, or of a folder of peft or diffusers.
 
-    Raises ValueError for a path that is no folder, and for two adapters of one name.
+    A folder of peft's has its configuration in itself, or one in a folder of its own for each network. Raises
+    ValueError for a path that is no folder, and for two adapters of one name.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of adapters")
-    peft = [path.parent for path in folder.rglob("adapter_config.json")]
-    files = [path for path in folder.rglob("*") if path.suffix in FILES and path.parent not in peft]
+    peft = {path.parent for path in folder.rglob(CONFIG)}
+    whole = {path.parent if path.name in PLACES and path != folder else path for path in peft}
+    whole |= {path.parent for path in folder.rglob(DIFFUSERS_FILE)}
+    files = [path for path in folder.rglob("*") if path.suffix in FILES and path.parent not in whole | peft]
     found: dict[str, Path] = {}
-    for path in sorted([*files, *peft]):
-        name = path.stem if path.is_file() else path.name
+    for path in sorted([*files, *whole]):
+        name = _name_of(path)
         if name in found:
             raise ValueError(f"{found[name]} and {path} are two adapters of one name")
         found[name] = path
@@ -36,75 +41,92 @@ def adapters_in(folder: str | Path) -> dict[str, Path]:
 
 
 class Library:
-    """What may be put on the components of a model, and what is on them now.
+    """What may be put on the components of a model, and what it has put on them now.
 
     paths: where adapters are, by the names that prompts call them. Each is read once, when it is first asked for.
+    What others attach to the model stays on.
     """
 
     def __init__(self, components: Mapping[str, nn.Module]) -> None:
         self.components = components
         self.paths: dict[str, Path] = {}
-        self._always: dict[str, float] = {}  # on for every picture
-        self._read: dict[str, Adapter] = {}
-        self._hashes: dict[str, str] = {}
+        self._always: dict[str, tuple[Path, float]] = {}  # on for every picture
+        self._on: dict[str, tuple[Path, float]] = {}  # put on by the library
+        self._attached: dict[str, float] = {}  # all that was on the model after that
+        self._read: dict[Path, Adapter] = {}
+        self._hashes: dict[Path, str] = {}
 
     def put_on(self, path: str | Path, weight: float = 1.0) -> None:
-        """Have an adapter on for every picture. Raises ValueError for one that does not fit the model."""
+        """Have an adapter on for every picture. Raises ValueError, changing nothing, for one that does not fit."""
         path = Path(path)
-        name = path.stem if path.is_file() else path.name
+        name = _name_of(path)
         if self.paths.get(name, path) != path:
             raise ValueError(f"{self.paths[name]} and {path} are two adapters of one name")
-        self.paths[name] = path
-        self._always[name] = weight
-        self.check(((name, weight),))
+        self._check(name, path)
+        self.paths = {**self.paths, name: path}
+        self._always[name] = path, weight
         self.use(())
 
     def check(self, wanted: Wanted) -> None:
-        """Raise ValueError for an adapter that is not there, or is for another model."""
-        for name, _ in wanted:
-            self._adapter(name)
-
-    def all_of(self, wanted: Wanted) -> dict[str, float]:
-        """Those that are always on and those that are asked for; of what is asked for twice the weights add up."""
-        weights = dict(self._always)
-        for name, weight in wanted:
-            weights[name] = weights.get(name, 0.0) + weight
-        return weights
+        """Raise ValueError for an adapter that is not there, is for another model, or has the name of another."""
+        for name, (path, _) in self._all_of(wanted).items():
+            self._check(name, path)
 
     def use(self, wanted: Wanted) -> None:
-        """Have on what is always on and these, and nothing else."""
-        weights, there = self.all_of(wanted), lora.attached(self.components)
-        if list(weights.items()) == list(there.items()):
+        """Have on what is always on and these, after what others attached. Raises ValueError as `check` does.
+
+        The sums of weights are rounded. So all that the library has put on is taken off first, also what stays: what
+        is on now must not depend on what was on before.
+        """
+        weights, there = self._all_of(wanted), lora.attached(self.components)
+        if [*weights.items()] == [*self._on.items()] and [*there.items()] == [*self._attached.items()]:
             return
-        for name in there:  # also those that stay: sums are rounded, and must not depend on what was on before
-            lora.detach(self.components, name)
-        for name, weight in weights.items():
-            lora.attach(self.components, self._adapter(name), weight, name)
+        self.check(wanted)
+        while self._on:
+            name, _ = self._on.popitem()
+            if name in there:
+                lora.detach(self.components, name)
+        for name, (path, weight) in weights.items():
+            lora.attach(self.components, self._adapter(path), weight, name)
+            self._on[name] = path, weight
+        self._attached = lora.attached(self.components)
 
     def hashes(self, wanted: Wanted) -> str:
-        """ "name: hash, ..." of all that `use` has on: the first 12 digits of the sha256 of each file."""
-        names = self.all_of(wanted)
-        return ", ".join(f"{name}: {self._hash(name)}" for name in names)
+        """ "name: hash, ..." of all that `use` has on: the first 12 digits of the sha256 of each one's files."""
+        return ", ".join(f"{name}: {self._hash(path)}" for name, (path, _) in self._all_of(wanted).items())
 
-    def _adapter(self, name: str) -> Adapter:
-        if name not in self._read:
+    def _all_of(self, wanted: Wanted) -> dict[str, tuple[Path, float]]:
+        """Those that are always on and those that are asked for; of what is asked for twice the weights add up."""
+        found = dict(self._always)
+        for name, weight in wanted:
             if not self.paths:
                 raise ValueError(f"the prompt asks for the adapter {name!r}, and no folder of adapters was given")
-            known("adapter", name, self.paths)
-            adapter = read(self.paths[name], self.components)
+            path = self.paths[known("adapter", name, self.paths)]
+            on, already = found.get(name, (path, 0.0))
+            if on != path:
+                raise ValueError(f"{on} and {path} are two adapters of one name")
+            found[name] = path, already + weight
+        return found
+
+    def _check(self, name: str, path: Path) -> None:
+        if name not in self._on and name in lora.attached(self.components):
+            raise ValueError(f"an adapter named {name!r} is attached to the model already; detach it first")
+        self._adapter(path)
+
+    def _adapter(self, path: Path) -> Adapter:
+        if path not in self._read:
+            adapter = read(path, self.components)
             try:
                 check_fit(adapter, self.components)
             except ValueError as error:
-                raise ValueError(f"{self.paths[name]}: {error}") from error
-            self._read[name] = adapter
-        return self._read[name]
+                raise ValueError(f"{path}: {error}") from error
+            self._read[path] = adapter
+        return self._read[path]
 
-    def _hash(self, name: str) -> str:
-        if name not in self._hashes:
-            path = self.paths[name]
-            file = path if path.is_file() else next(path.glob("adapter_model.*"))
-            self._hashes[name] = sha256(file)[:12]
-        return self._hashes[name]
+    def _hash(self, path: Path) -> str:
+        if path not in self._hashes:
+            self._hashes[path] = (sha256(path) if path.is_file() else _sha256_of_all(path))[:12]
+        return self._hashes[path]
 
 
 def same_for_all(wanted: Sequence[Wanted]) -> Wanted:
@@ -116,3 +138,14 @@ def same_for_all(wanted: Sequence[Wanted]) -> Wanted:
                 "the prompts of one batch ask for different adapters: draw them with batch=1, or one after the other"
             )
     return first
+
+
+def _name_of(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
+
+
+def _sha256_of_all(folder: Path) -> str:
+    """The sha256 of a line a file in a folder and below, in order: its name and sha256."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = (f"{file.relative_to(folder).as_posix()} {sha256(file)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

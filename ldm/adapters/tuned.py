@@ -49,12 +49,15 @@ def load_tuned(
 ) -> LoadedModel:
     """As `load_model`, of a run that holds only an adapter or a word too: its base, with that in it.
 
-    Raises ValueError if the base is not where it was, or has other weights than the run was trained on.
+    Raises ValueError if the base is not where it was, or has other weights than the run was trained on, and for `ema`
+    of such a run: it keeps one set of weights.
     """
     found = find_model(path)
     base = base_of(found)
     if base is None:
         return load_model(path, names, prediction=prediction, ema=ema, dtype=dtype)
+    if ema:
+        raise ValueError(f"{found} stands on the model {base['model']} and has no averaged weights beside its own")
     try:
         model = load_model(base["model"], names, prediction=prediction)
     except ValueError as error:

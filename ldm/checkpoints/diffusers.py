@@ -62,7 +62,7 @@ def _read(path: Path, names: Sequence[str] | None, dtype: torch.dtype | None) ->
     if names is None or "text" in names:
         components |= _text(path, dtype)
     settings, notes = _settings(path, index)
-    if not components:
+    if not components and (names is None or names):  # of none only the settings are asked for
         raise ValueError(f"{path} has none of the components known here: {', '.join(PLACES)}, text_encoder")
     return LoadedModel(components, settings, path.name, path, notes=notes)
 

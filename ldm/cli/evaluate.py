@@ -35,6 +35,8 @@ def load(model: str) -> "Pipeline":
 def shapes(
     model: Model,
     count: Annotated[int, typer.Option(help="Held-out prompts, and as many seen ones.")] = 128,
+    glyph: Annotated[str, typer.Option(help="A shape, zorp, that the model was fine-tuned on: as many of it.")] = "",
+    base: Annotated[str, typer.Option(help="With --glyph: the model before, measured beside it.")] = "",
     seed: Seed = 0,
     steps: Steps = None,
     sampler: Sampler = None,
@@ -45,10 +47,67 @@ def shapes(
 
     The last two lines are ceilings: drawn scenes through the autoencoder, and as they are.
     """
+    from ldm.evaluation.glyph import evaluate_glyph, glyph_table
     from ldm.evaluation.report import Sampling, evaluate_shapes, shapes_table
 
     sampling = Sampling(seed, steps, sampler, guidance)
+    if base and not glyph:
+        raise ValueError("--base goes with --glyph")
+    if glyph:
+        before = load(base) if base else None
+        typer.echo(glyph_table(evaluate_glyph(load(model), glyph, sampling, count, before, out)))
+        return
     typer.echo(shapes_table(evaluate_shapes(load(model), sampling, count, out)))
+
+
+@app.command()
+def edges(
+    model: Model,
+    control: Annotated[str, typer.Argument(help="A ControlNet or T2I-adapter trained on edges, or its run.")],
+    count: Annotated[int, typer.Option(help="Held-out scenes, and as many seen ones.")] = 128,
+    seed: Seed = 0,
+    steps: Steps = None,
+    sampler: Sampler = None,
+    guidance: Guidance = None,
+    out: Out = None,
+) -> None:
+    """Ask for drawn scenes without saying where things are, give their edges, and read back whether they are there.
+
+    Beside it chance: the same without the edges.
+    """
+    import torch
+
+    from ldm.checkpoints.load import load_model
+    from ldm.evaluation.control import edges_table, evaluate_edges
+    from ldm.evaluation.report import Sampling
+
+    found = load_model(control, ["controlnet", "t2i_adapter"], dtype=torch.float32).components
+    if not found:
+        raise ValueError(f"{control} holds neither a ControlNet nor a T2I-adapter")
+    pipeline = load(model)
+    (network,) = found.values()
+    network = network.to(next(pipeline.autoencoder.parameters()).device).eval()
+    typer.echo(edges_table(evaluate_edges(pipeline, network, Sampling(seed, steps, sampler, guidance), count, out)))
+
+
+@app.command()
+def inpainting(
+    model: Model,
+    count: Annotated[int, typer.Option(help="Drawn scenes, each with one object cut out.")] = 128,
+    base: Annotated[str, typer.Option(help="The model before: it keeps what is known while it draws.")] = "",
+    seed: Seed = 0,
+    steps: Steps = None,
+    sampler: Sampler = None,
+    guidance: Guidance = None,
+    out: Out = None,
+) -> None:
+    """Cut an object out of drawn scenes, ask for another in its place, and read back whether it is there."""
+    from ldm.evaluation.control import evaluate_inpainting, inpainting_table
+    from ldm.evaluation.report import Sampling
+
+    before = load(base) if base else None
+    sampling = Sampling(seed, steps, sampler, guidance)
+    typer.echo(inpainting_table(evaluate_inpainting(load(model), sampling, count, before, out)))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import shlex
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -60,11 +61,11 @@ def finetune(
     from data_pipeline.shards import INDEX
     from ldm.checkpoints.files import steps
     from ldm.cli.train import go
-    from ldm.training.preparing import Subject
+    from ldm.training.preparing import Subject, kind_of_base
     from ldm.training.recipes import UNRELATED, settings_of, steps_of
     from ldm.training.run import cost, describe, main_first
 
-    words = settings_of(method)
+    words, finished = settings_of(method), Path(pictures, INDEX).is_file()
     if method == "dreambooth" and not class_prompt:
         raise ValueError("dreambooth needs --class-prompt, what the subject is one of: 'photo of a dog'")
     if (method == "textual-inversion") != bool(word):
@@ -73,21 +74,24 @@ def finetune(
         pictures, caption, conditions, masks, holdout, class_prompt, class_pictures, prior_weight,
         tuple(unrelated or UNRELATED),
     )  # fmt: skip
-    if word and not caption and not Path(pictures, INDEX).is_file():
+    if word and not caption and not finished:
         subject = replace(subject, caption=f"a photo of {word}")
-    given = [f"out={out or f'runs/{method}-{Path(pictures).resolve().name}'}", f"task.model={json.dumps(model)}"]
-    given += [f"task.word={json.dumps(word)}"] if word else []
+    given = [f"out={_quoted(out or f'runs/{method}-{Path(pictures).resolve().name}')}", f"task.model={_quoted(model)}"]
+    given += [f"task.word={_quoted(word)}"] if word else []
     config = _config([*words, *given], settings or [], pictures, steps_of(method))
+    kind = kind_of_base(_task(config).model)
+    _check(method, config, subject, kind)
+    if config.validation and not finished:
+        subject = replace(subject, holdout=0)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             typer.echo(describe(_on_shards(config, subject, Path(folder))))
         return
-    if _task(config).method == "instruct" and not (conditions or config.data.condition):
-        raise ValueError("instruct needs --conditions, a folder with the picture before each edit")
-    with main_first(config):
-        config = _on_drawn(_on_shards(config, subject, Path(config.out)), subject)
-    if not steps(Path(config.out) / "checkpoints"):
-        logging.getLogger(__name__).info("%s", cost(config))
+    with main_first(config) as main:
+        config = _on_shards(config, subject, Path(config.out))
+        if main and not steps(Path(config.out) / "checkpoints"):
+            logging.getLogger(__name__).info("%s", cost(config))  # refuses what cannot be before anything is drawn
+        config = _on_drawn(config, subject, kind)
     if go(config):
         _share(config)
 
@@ -101,7 +105,9 @@ def _config(given: list[str], settings: list[str], pictures: str, length: int) -
     from ldm.training.methods import PARTIAL
     from ldm.training.run import RunConfig
 
-    config = load_config(RunConfig, [], [*given, f"data.path={json.dumps(pictures)}", *settings])
+    config = load_config(RunConfig, [], [*given, f"data.path={_quoted(pictures)}", *settings])
+    if config.data.path != pictures or config.data.repeats or config.data.weights:
+        raise ValueError("data.path, data.repeats and data.weights follow from PICTURES: leave them out")
     said = {setting.partition("=")[0] for setting in settings}
     changes: dict[str, Any] = {} if "samples" in said else {"samples": length * config.batch_size}
     every = max(1, changes.get("samples", config.samples) // config.batch_size // LOOKS)
@@ -120,6 +126,35 @@ def _config(given: list[str], settings: list[str], pictures: str, length: int) -
     return config
 
 
+def _quoted(text: str) -> str:
+    """The text as a string of YAML, whatever it holds."""
+    return json.dumps(text, ensure_ascii=False)  # of an escaped emoji YAML reads two halves
+
+
+def _check(method: str, config: "RunConfig", subject: "Subject", kind: str) -> None:
+    """Raise ValueError for what does not go together. kind: of the base."""
+    tuned = _task(config).method
+    edits = tuned == "instruct" or kind == "editing"
+    if edits and not (subject.conditions or config.data.condition):
+        raise ValueError(f"{method} needs --conditions, a folder with the picture before each edit")
+    if subject.conditions and not edits and tuned not in CONDITIONED:
+        raise ValueError(
+            f"--conditions are for controlnet, t2i-adapter, instruct and models for editing, not for {method}"
+        )
+    if subject.class_prompt and kind == "editing":
+        raise ValueError("--class-prompt is drawn by the base, and this one, for editing, draws nothing by itself")
+    if subject.holdout is not None and config.validation:
+        raise ValueError("--holdout keeps pictures for validation, and validation= names others: give one of them")
+    for prompt in subject.unrelated:
+        if not _writable(prompt):
+            raise ValueError(f"--unrelated {prompt!r} cannot be written into a config")
+
+
+def _writable(text: str) -> bool:
+    """Whether a config can hold it: these words have a meaning there, and are refused when it is read again."""
+    return "${" not in text and text != "???"
+
+
 def _task(config: "RunConfig") -> "FinetuningTaskConfig":
     """What the config is of."""
     from ldm.training.methods import FinetuningTaskConfig
@@ -136,23 +171,24 @@ def _on_shards(config: "RunConfig", subject: "Subject", place: Path) -> "RunConf
         config = replace(config, data=replace(config.data, condition="stored"))
     data, validation = prepare(subject, config.data, config.batch_size, place)
     task = _task(config)
-    said = [caption.lower() for caption in (*data.templates, *captions(data, LOOKED_AT))]
-    if task.word and not any(task.word.lower() in caption for caption in said):
+    word, found = task.word.lower(), captions(data, LOOKED_AT)
+    if word and not any(word in caption.lower() for caption in (*data.templates, *found)):
         raise ValueError(f"no caption says {task.word!r}, which is to be taught: write it into the captions")
-    previews = task.previews or captions(data, PREVIEWS)
+    shown = sorted(filter(_writable, found), key=lambda caption: word not in caption.lower())  # first those that say it
+    previews = task.previews or tuple(shown[:PREVIEWS])
     unrelated = task.unrelated or tuple(itertools.islice(itertools.cycle(subject.unrelated), len(previews)))
     task = replace(task, previews=previews, unrelated=unrelated)
     return replace(config, data=data, task=task, validation=config.validation or validation)
 
 
-def _on_drawn(config: "RunConfig", subject: "Subject") -> "RunConfig":
+def _on_drawn(config: "RunConfig", subject: "Subject", kind: str) -> "RunConfig":
     """The config with what the base model draws for it, and with latents computed before, in the run's folder."""
     from ldm.training.preparing import cached, forgets, forgetting, with_class
 
     out, task, data = Path(config.out), _task(config), config.data
-    data = cached(task, with_class(subject, task.model, data, out), config.samples, out)
+    data = cached(task, with_class(subject, task.model, data, out), out)
     kept = config.forgetting
-    if not kept and forgets(task) and data.size:
+    if not kept and forgets(task, kind) and data.size:
         kept = forgetting(subject, task.model, data.size, out)
     return replace(config, data=data, forgetting=kept)
 
@@ -179,10 +215,10 @@ def _share(config: "RunConfig") -> None:
     typer.echo(f"chosen: {best}")
     for path in share(out, facts):
         typer.echo(f"to share: {path}")
-    prompt = json.dumps((task.previews or captions(config.data, 1))[0])
+    prompt = (task.previews or captions(config.data, 1))[0]
+    words = [str(best), prompt]
     if task.method in CONDITIONED:
-        typer.echo(f"draw with it: ldm generate {task.model} {prompt} --control {best}=PICTURE")
+        words = [task.model, prompt, "--control", f"{best}=PICTURE"]
     elif task.method in ("inpainting", "instruct"):
-        typer.echo(f"draw with it: ldm generate {best} {prompt} --image PICTURE")
-    else:
-        typer.echo(f"draw with it: ldm generate {best} {prompt}")
+        words += ["--image", "PICTURE"]
+    typer.echo(f"draw with it: ldm generate {shlex.join(words)}")

@@ -101,6 +101,9 @@ class Pictures:
             found["given"] = self.given(None, None, pipeline.multiple)
             request = replace(request, **found)
         size = pipeline.size_of(request)
+        if request.given is not None and request.given.padding is not None:
+            height, width = request.given.image.shape[2:]  # of which a part is cut out, with the picture's
+            size = width, height
         found["controls"] = tuple(_control(text, size, networks) for text in self.control)
         found["depth"] = None if self.depth is None else open_depth(self.depth, size)
         return found

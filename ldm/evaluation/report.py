@@ -42,13 +42,18 @@ class Sampling:
     guidance: float | None = None
 
 
-def generate(pipeline: Pipeline, texts: Sequence[str], sampling: Sampling) -> Tensor:
-    """One picture a prompt at the model's own size: [N, 3, H, W] in [-1, 1], on the CPU."""
+def request(texts: Sequence[str], sampling: Sampling) -> Request:
+    """One picture a prompt at the model's own size."""
     chosen = {name: value for name, value in asdict(sampling).items() if name != "seed" and value is not None}
     seeds = tuple(sampling.seed + i for i in range(len(texts)))
-    request = Request(prompts=tuple(texts), seeds=seeds, batch=BATCH, **chosen)
-    log.info("making %d pictures, %d steps each", len(texts), request.steps)
-    return pipeline(request)
+    return Request(prompts=tuple(texts), seeds=seeds, plain=True, batch=BATCH, **chosen)
+
+
+def generate(pipeline: Pipeline, texts: Sequence[str], sampling: Sampling) -> Tensor:
+    """Those pictures: [N, 3, H, W] in [-1, 1], on the CPU."""
+    asked = request(texts, sampling)
+    log.info("making %d pictures, %d steps each", len(texts), asked.steps)
+    return pipeline(asked)
 
 
 @torch.no_grad()

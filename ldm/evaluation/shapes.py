@@ -35,8 +35,9 @@ SPECK = 6  # fewer pixels on the 32 x 32 grid are no object; the smallest drawn 
 MIN_FIT = 0.78  # overlap with the best template below which an object has no readable shape
 SOFTNESSES = 4  # a template is tried crisp, and softened once, twice and three times
 MIN_STEP = 4.0  # grid units that two objects must lie apart along the stated axis
-FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # share of the bounding square that is covered
-CENTRE = {"circle": 0.5, "square": 0.5, "triangle": 2 / 3}  # height of the centroid, from the top
+# share of the bounding square that is covered, and height of the centroid from the top
+FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "zorp": 3 / 4}
+CENTRE = {"circle": 0.5, "square": 0.5, "triangle": 2 / 3, "zorp": 5 / 9}
 
 
 @dataclass(frozen=True)
@@ -158,13 +159,13 @@ def overlap(cover: Floats, template: Floats, region: NDArray[np.bool_]) -> float
     return best
 
 
-def measure(label: int, region: NDArray[np.bool_], alpha: Floats) -> Reading:
+def measure(label: int, region: NDArray[np.bool_], alpha: Floats, shapes: Sequence[str]) -> Reading:
     """Read one object from the region that it may reach [H, W] and the coverage by its colour [H, W]."""
     cover = alpha * region
     area = float(cover.sum())
     middle = np.arange(GRID) + 0.5
     x, y = float(cover.sum(0) @ middle) / area, float(cover.sum(1) @ middle) / area
-    sides = {shape: (area / FILL[shape]) ** 0.5 for shape in SHAPES}
+    sides = {shape: (area / FILL[shape]) ** 0.5 for shape in shapes}
     fits = {}
     for shape, side in sides.items():
         template = coverage(shape, (x - side / 2, y - side * CENTRE[shape]), side, GRID)
@@ -189,11 +190,12 @@ def size_class(diameter: float) -> str:
     return "small" if diameter < (small + large) / 2 else "large"
 
 
-def read(image: Picture) -> list[Reading]:
+def read(image: Picture, shapes: Sequence[str] = SHAPES) -> list[Reading]:
     """The objects in a picture: RGB uint8 [H, W, 3] or tensor [3, H, W] in [-1, 1], 32 px wide or a multiple.
 
-    Regions under 6 px on the 32 x 32 grid and lines one pixel wide are ignored; any larger one counts,
-    whatever its colour or shape. Raises ValueError for another size of picture.
+    shapes: those that an object may have; glyphs are looked for only where they are named. Regions under 6 px on the
+    32 x 32 grid and lines one pixel wide are ignored; any larger one counts, whatever its colour or shape. Raises
+    ValueError for another size of picture.
     """
     labels, alpha = unmix(to_grid(image))
     found = [(label, mask) for label, mask in components(labels) if is_object(mask)]
@@ -201,7 +203,7 @@ def read(image: Picture) -> list[Reading]:
     taken = np.sum(near, axis=0) if near else 0  # [H, W]: how many objects claim a pixel
     # Two pixels around an object hold all of a soft edge, unless another object claims them.
     return [
-        measure(label, mask | (dilate(around) & (taken == around)), alpha[..., label])
+        measure(label, mask | (dilate(around) & (taken == around)), alpha[..., label], shapes)
         for (label, mask), around in zip(found, near, strict=True)
     ]
 
@@ -217,11 +219,17 @@ def related(scene: Scene, found: dict[str, Reading]) -> bool:
     return True
 
 
-def judge(scene: Scene, image: Picture) -> Verdict:
-    """Compare a picture with the scene it should show. Raises ValueError as `read` does."""
-    readings = read(image)
+def by_colour(readings: Sequence[Reading]) -> dict[str, Reading]:
+    """Those that alone have their colour, by it."""
     colours = [reading.colour for reading in readings]
-    found = {r.colour: r for r in readings if colours.count(r.colour) == 1}
+    return {r.colour: r for r in readings if colours.count(r.colour) == 1}
+
+
+def judge(scene: Scene, image: Picture, shapes: Sequence[str] = SHAPES) -> Verdict:
+    """Compare a picture with the scene it should show, read as any of `shapes`. Raises ValueError as `read` does."""
+    readings = read(image, shapes)
+    colours = [reading.colour for reading in readings]
+    found = by_colour(readings)
     complete = all(thing.colour in found for thing in scene.objects)
     return Verdict(
         count=len(readings) == len(scene.objects),
@@ -232,14 +240,15 @@ def judge(scene: Scene, image: Picture) -> Verdict:
     )
 
 
-def score(scenes: Sequence[Scene | str], images: Iterable[Picture]) -> dict[str, Any]:
+def score(scenes: Sequence[Scene | str], images: Iterable[Picture], shapes: Sequence[str] = SHAPES) -> dict[str, Any]:
     """Judge picture i by scene or caption i: the shares right in [0, 1], by attribute and in all.
 
-    `relations` counts the scenes of two and three objects only; None stands for no picture of that kind.
-    Raises ValueError for a text that is no caption, or if there are not as many pictures as scenes.
+    shapes: as `read` has them. `relations` counts the scenes of two and three objects only; None stands for no
+    picture of that kind. Raises ValueError for a text that is no caption, or if there are not as many pictures as
+    scenes.
     """
     wanted = [parse(scene) if isinstance(scene, str) else scene for scene in scenes]
-    verdicts = [judge(scene, image) for scene, image in zip(wanted, images, strict=True)]
+    verdicts = [judge(scene, image, shapes) for scene, image in zip(wanted, images, strict=True)]
     counts = [len(scene.objects) for scene in wanted]
     result: dict[str, Any] = {"images": len(verdicts), "all": share([v.all for v in verdicts])}
     for name in (f.name for f in fields(Verdict)):

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.t2i_adapter import T2IAdapter
+from ldm.models.typed import in_type_of
 from ldm.models.unet import UNet, UNetConfig, UNetEncoder
 from ldm.nn.blocks import zero_init
+from ldm.nn.embeddings import position_embedding
 from ldm.types import Conditioning, Denoiser
 
 
@@ -63,7 +65,10 @@ class ControlNet(nn.Module):
         for conv in convs:
             h = F.silu(conv(h))
         emb = self.encoder.embed(t, cond, x.dtype)
-        middle, skips = self.encoder.encode(self.encoder.conv_in(x) + out(h), emb, cond)
+        made = self.encoder.conv_in(x)
+        if self.config.unet.positions:
+            made = made + position_embedding(made.shape[2], made.shape[3], made.shape[1]).to(made)
+        middle, skips = self.encoder.encode(made + out(h), emb, cond)
         maps = [zero(skip) for zero, skip in zip(self.zero, skips, strict=True)]
         return (*maps, self.zero_middle(middle))
 
@@ -94,7 +99,8 @@ def controlled(
     """The denoiser steered by all the networks, each with its weight: a number, or by t [B] -> [B].
 
     cond.control holds a hint picture for each network, in their order; their maps are summed. A network whose weights
-    are all 0 is not run, and with no hints this is the denoiser.
+    are all 0 is not run, and with no hints this is the denoiser. Each network computes in its own type; where that is
+    not the type of x, its maps are made so. Where it is, autocast may choose another, as it does for the denoiser.
     """
 
     def steer(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -106,7 +112,9 @@ def controlled(
             share = weight(t).to(x).view(-1, 1, 1, 1) if callable(weight) else weight
             if not (share.any() if isinstance(share, Tensor) else share):
                 continue
-            maps = tuple(share * m for m in network(x, t, replace(cond, control=(hint,))))
+            own, told = in_type_of(network, x, replace(cond, control=(hint,)))
+            made = network(own, t, told)
+            maps = tuple(share * (m if own.dtype == x.dtype else m.to(x)) for m in made)
             if isinstance(network, T2IAdapter):
                 within = _summed(within, maps)
             else:

@@ -52,7 +52,10 @@ class _Step:
 
 
 def _decode(decoder: Decoder, z: Tensor, side: int) -> Tensor:
-    """latents [B, C, h, w] -> images; tiles of side x side latents."""
+    """latents [B, C, h, w] -> images; tiles of side x side latents, pictures together that are no more than one."""
+    each = max(1, side**2 // (z.shape[-2] * z.shape[-1]))
+    if len(z) > each:
+        return torch.cat([_decode(decoder, part, side) for part in z.split(each)])
     if max(z.shape[-2:]) <= side:
         return Decoder.forward(decoder, z)
     steps = _chain(decoder)
@@ -66,7 +69,10 @@ def _decode(decoder: Decoder, z: Tensor, side: int) -> Tensor:
 
 
 def _encode(encoder: Encoder, image: Tensor, side: int) -> Tensor:
-    """images [B, 3, H, W] -> features; tiles of side x side px."""
+    """images [B, 3, H, W] -> features; tiles of side x side px, pictures together that are no more than one."""
+    each = max(1, side**2 // (image.shape[-2] * image.shape[-1]))
+    if len(image) > each:
+        return torch.cat([_encode(encoder, part, side) for part in image.split(each)])
     if max(image.shape[-2:]) <= side:
         return Encoder.forward(encoder, image)
     steps = _chain(encoder)
@@ -130,7 +136,7 @@ def _in_tiles(steps: list[_Step], x: Tensor, side: int, unit: float) -> Tensor:
     halo = ceil(sum(step.reach for step in steps) / unit / coarsest) * coarsest
     inner = max(coarsest, (side - 2 * halo) // coarsest * coarsest)
     frame = _Frame(inner, halo, scale=unit / steps[-1].unit, coarsest=coarsest)
-    return torch.cat([_one_in_tiles(steps, picture, frame) for picture in x.split(1)])
+    return _one_in_tiles(steps, x, frame)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,12 @@ class TransformersText(nn.Module):
             if isinstance(module, nn.Embedding) and module.weight is table:  # T5 has the same one in two places
                 self.encoder.set_submodule(name, WordEmbedding(module, self.words))
 
+    def train(self, mode: bool = True) -> "TransformersText":
+        """As of any module, but the encoder stays in evaluation mode: dropout would change what a prompt says."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
     @staticmethod
     def config_of(architecture: dict[str, Any], tokenizer: str, context_length: int) -> TransformersTextConfig:
         """From the contents of config.json and tokenizer.json."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_DEVICE, _BY_LAYER = "_works_on", "_by_layer"
+_DEVICE, _BY_LAYER, _BLOCKS, _RESTING = "_works_on", "_by_layer", "_blocks_at_work", "_resting"
 Place = tuple[dict[str, Any], str, Tensor]
 """A layer's table of tensors, a name in it, and what stands there at rest."""
 
@@ -36,16 +36,25 @@ def works_on(module: nn.Module) -> torch.device:
 
 @contextmanager
 def at_work(module: nn.Module) -> Iterator[None]:
-    """Within the block an offloaded module is where it works; one that is not, or goes by layers, stays."""
+    """Within the block an offloaded module is where it works; one that is not, or goes by layers, stays.
+
+    Blocks may lie in one another or overlap, as those of two generators do: it is brought for the first that is
+    entered, and put back after the last that is left.
+    """
     device = module.__dict__.get(_DEVICE)
     if device is None or module.__dict__[_BY_LAYER]:
         yield
         return
-    resting = _bring(module.modules(), device)
+    state = module.__dict__
+    if not state.get(_BLOCKS):
+        state[_RESTING] = _bring(module.modules(), device)
+    state[_BLOCKS] = state.get(_BLOCKS, 0) + 1
     try:
         yield
     finally:
-        _put_back(resting)
+        state[_BLOCKS] -= 1
+        if not state[_BLOCKS]:
+            _put_back(state.pop(_RESTING))
 
 
 def _bring_for_its_turn(layer: nn.Module, device: torch.device) -> None:

@@ -62,10 +62,10 @@ def filled(image: Tensor, mask: Tensor) -> Tensor:
     """The picture with its masked part drawn from what is around it: smooth, and the same at the mask's edge.
 
     By pulling and pushing (Gortler et al. 1996, sec. 3.4): means of the known pixels at half, quarter, ... the size, of
-    which each unknown pixel takes the finest that knows it. image [B, C, H, W], mask [B or 1, 1, H, W] in 0..1, 1 is
-    unknown. A picture of which nothing is known comes back as 0.
+    which each unknown pixel takes the finest that knows it. image [B or 1, C, H, W], mask [B or 1, 1, H, W] in 0..1, 1
+    is unknown. A picture of which nothing is known comes back as 0.
     """
-    known = (1 - mask).expand(len(image), -1, -1, -1)
+    known = (1 - mask).expand(max(len(image), len(mask)), -1, -1, -1)
     return _made_up(image * known, known)
 
 

@@ -1,7 +1,7 @@
 """What a pipeline cannot do with a request, said before any work."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,8 @@ from ldm.pipeline.inputs import check_kind
 from ldm.pipeline.passes import Pass, stretch
 from ldm.pipeline.request import Control, Request
 from ldm.pipeline.told import wanted_by
-from ldm.prompts.encode import check_skip
+from ldm.prompts.encode import check_skip, check_texts
+from ldm.prompts.grammar import parse
 
 if TYPE_CHECKING:
     from ldm.pipeline.pipeline import Pipeline
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def check(pipeline: "Pipeline", request: Request, passes: Sequence[Pass]) -> None:
     """Raise ValueError for what this pipeline cannot do with the request."""
     steering, config = request.steering, pipeline.diffusion.config
-    _check_prompts(pipeline, request)
+    _check_prompts(pipeline, request, passes)
     pipeline.companions.check(request)
     if canonical(request.sampler)[0] == "tcd" and config.schedule == "edm":
         raise ValueError("tcd counts timesteps from 0, which schedule edm has not; use another sampler")
@@ -34,8 +35,8 @@ def check(pipeline: "Pipeline", request: Request, passes: Sequence[Pass]) -> Non
     if request.variance == "learned" and config.variance == "fixed":
         raise ValueError("variance 'learned' needs a model that learned it; this one did not: small or large")
     check_kind(pipeline.kind, request, getattr(getattr(pipeline.denoiser, "config", None), "classes", 0))
-    if pipeline.companions.weak is not None and pipeline.kind == "editing":
-        raise ValueError("guidance for editing is by text and picture; a weak model has no part in it")
+    if pipeline.companions.weak is not None:
+        _check_weak(pipeline, pipeline.companions.weak)
     _check_sizes(pipeline, request)
     for i, control in enumerate(request.controls):
         try:
@@ -48,14 +49,35 @@ def check(pipeline: "Pipeline", request: Request, passes: Sequence[Pass]) -> Non
         _check_refiner(pipeline, pipeline.companions.refiner)
         for way in passes:
             stretch(way.levels, request.switch)
+            height, width = (side * pipeline.autoencoder.factor for side in way.shape[-2:])
+            if height % (multiple := pipeline.companions.refiner.multiple) or width % multiple:
+                raise ValueError(f"the refiner draws multiples of {multiple} px, and this is to be {width}x{height}")
 
 
-def _check_prompts(pipeline: "Pipeline", request: Request) -> None:
-    """Raise ValueError for adapters that are not there or differ within a batch, and for a clip skip too many."""
-    check_skip(pipeline.text, request.clip_skip)
+def _check_prompts(pipeline: "Pipeline", request: Request, passes: Sequence[Pass]) -> None:
+    """Raise ValueError for adapters that are not there or differ within a batch, and what an encoder cannot read."""
+    shows = [request.given.shows] if request.given is not None and request.given.shows is not None else []
+    read = [parse(prompt) for prompt in dict.fromkeys([*request.prompts, *shows])] if not request.plain else []
+    read += [parse(request.negative, negative=True)] if not request.plain else []
+    texts = {text for prompt in read for way in passes for text in prompt.texts(way.steps)}
+    refiner = pipeline.companions.refiner
+    for encoder in [pipeline.text] if refiner is None else [pipeline.text, refiner.text]:
+        check_skip(encoder, request.clip_skip)
+        check_texts(encoder, texts)
     wanted = wanted_by(request)
     for start in range(0, len(wanted), request.batch):
         pipeline.library.check(same_for_all(wanted[start : start + request.batch]))
+
+
+def _check_weak(pipeline: "Pipeline", weak: Any) -> None:
+    """Raise ValueError for a weak model that the pipeline's cannot be compared with."""
+    if pipeline.kind == "editing":
+        raise ValueError("guidance for editing is by text and picture; a weak model has no part in it")
+    theirs, ours = (getattr(network, "config", None) for network in (weak, pipeline.denoiser))
+    for name in ("in_channels", "out_channels", "context_dim"):
+        own, other = getattr(ours, name, None), getattr(theirs, name, None)
+        if own != other and None not in (own, other):
+            raise ValueError(f"the weak model has {name} {other}, and the model {own}; they must agree")
 
 
 def _check_sizes(pipeline: "Pipeline", request: Request) -> None:
@@ -65,6 +87,9 @@ def _check_sizes(pipeline: "Pipeline", request: Request) -> None:
     pictures = [(f"picture of control {i}", control.image) for i, control in enumerate(request.controls)]
     if request.depth is not None:
         pictures.append(("depth", request.depth))
+    if given is not None and given.padding is not None:
+        given.boxes(width, height)
+        height, width = given.image.shape[2:]  # before they are cut
     if given is not None and given.padding is None and not given.measure and pipeline.kind != "enlarging":
         pictures.append(("given picture", given.image))
     wanted = [(name, picture, (height, width)) for name, picture in pictures]
@@ -73,8 +98,6 @@ def _check_sizes(pipeline: "Pipeline", request: Request) -> None:
         wanted.append(("given picture", given.image, (seen.shape[2], seen.shape[3])))
     if given is not None and pipeline.kind == "enlarging":
         wanted.append(("given picture", given.image, (height // factor, width // factor)))
-    if given is not None and given.padding is not None:
-        given.boxes(width, height)
     for name, picture, size in wanted:
         if tuple(picture.shape[2:]) != size:
             sizes = (f"{w}x{h}" for h, w in (picture.shape[2:], size))
@@ -102,6 +125,10 @@ def _check_control(pipeline: "Pipeline", control: Control) -> None:
     factor = pipeline.autoencoder.factor
     if network.hint_factor != factor:
         raise ValueError(f"it is told {network.hint_factor} px a latent, and this model's autoencoder has {factor}")
+    latents = pipeline.autoencoder.latent_channels
+    if isinstance(network, ControlNet) and network.config.unet.in_channels != latents:
+        channels = network.config.unet.in_channels
+        raise ValueError(f"it was made for latents of {channels} channels, and this model's have {latents}")
     if control.image.shape[1] != network.config.hint_channels:
         raise ValueError(f"its picture has {network.config.hint_channels} channels, not {control.image.shape[1]}")
 

@@ -15,7 +15,10 @@ from ldm.pipeline.request import Request
 
 @dataclass(frozen=True)
 class Companions:
-    """Other models that steer a pipeline: a weaker denoiser as the negative, a noisy classifier, a CLIP, a refiner."""
+    """Other models that steer a pipeline: a weaker denoiser as the negative, a noisy classifier, a CLIP, a refiner.
+
+    The adapters that prompts ask for are put on the pipeline's own networks alone, and reach none of these.
+    """
 
     weak: Any = None
     classifier: Any = None

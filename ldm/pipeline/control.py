@@ -15,12 +15,14 @@ from ldm.models.classifier import log_prob
 from ldm.models.clip_score import clip_score
 from ldm.models.controlnet import controlled
 from ldm.models.perturbed import perturbed
+from ldm.models.typed import in_type_of
 from ldm.pipeline.canvas import cells_of, interpolated
 from ldm.pipeline.companions import Companions
 from ldm.pipeline.given import Given
 from ldm.pipeline.passes import Pass, stretch
 from ldm.pipeline.request import Control, Request
 from ldm.pipeline.told import Script
+from ldm.prompts.grammar import parse
 from ldm.types import Conditioning, Denoiser
 
 
@@ -28,10 +30,9 @@ from ldm.types import Conditioning, Denoiser
 class Batch:
     """One batch of a request in one of its passes: what the network is told, and by what it is drawn."""
 
-    request: Request
+    request: Request  # as it is drawn at its size
     rows: slice  # of the request
     way: Pass
-    given: Given | None  # as it is drawn into at this size
     cond: Conditioning
     uncond: Conditioning
     script: Script | None  # what the two stand for, where prompts change from step to step
@@ -77,7 +78,7 @@ def steered(
         push = _in_type(told(weakened, batch), module), steering.perturb_scale
     negative: Conditioning | Denoiser = batch.uncond
     if companions.weak is not None:
-        negative = _uncontrolled(_in_type(by_script(companions.weak, batch), companions.weak))
+        negative = _uncontrolled(by_script(_in_type(companions.weak, companions.weak), batch))
     network = told(network, batch)
     if editing is not None:
         # e(-, -) + s_I (e(p, i) - e(-, -)) + (s_T - s_I) (e(p, i) - e(n, i)) is eq. 3 of Brooks et al. 2023
@@ -92,7 +93,7 @@ def steered(
         denoiser = classifier_guided(denoiser, diffusion, wish, steering.label_scale)
     wishes: list[tuple[float, Score]] = []  # in one backward pass of the network, however many
     if steering.clip_scale:
-        likeness = clip_score(companions.clip, batch.prompts, batch.decode)
+        likeness = clip_score(companions.clip, _words_of(batch), batch.decode)
         wishes.append((steering.clip_scale, lambda x0, t: likeness(x0)))
     if request.given is not None and request.given.measure:
         wishes.append((request.given.measure_scale, _measurement(request.given, batch)))
@@ -154,6 +155,12 @@ def _measurement(given: Given, batch: Batch) -> Score:
     return measured(lambda x0: operator(batch.decode(x0)), batch.of(given.image), given.noise_std, batch.way.diffusion)
 
 
+def _words_of(batch: Batch) -> list[str]:
+    """What the pictures are to show in the end, as words alone."""
+    plain, steps = batch.request.plain, batch.way.steps
+    return [prompt if plain else parse(prompt).words(steps) for prompt in batch.prompts]
+
+
 def _always(denoiser: Denoiser, told: Conditioning) -> Denoiser:
     """The denoiser told this whatever it is told."""
 
@@ -169,10 +176,9 @@ def _uncontrolled(denoiser: Denoiser) -> Denoiser:
 
 def _in_type(denoiser: Denoiser, module: Any) -> Denoiser:
     """The denoiser in its module's own type, whatever the sampler sums in."""
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
     def typed(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        own = cond.map(lambda value: value.to(dtype) if value.is_floating_point() else value)
-        return denoiser(x.to(dtype), t, own).to(x.dtype)
+        own, told = in_type_of(module, x, cond)
+        return denoiser(own, t, told).to(x.dtype)
 
     return typed

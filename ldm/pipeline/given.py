@@ -26,10 +26,11 @@ class Given:
     strength in (0, 1]: how far up in noise to start from the picture; 1 is the noisiest level. None is 0.75 for a plain
         picture; with a mask, and for models that are shown the picture anyway, drawing then starts from noise alone.
     strength_steps: "all" takes as many steps as asked for from there; "part" those of the whole way that lie below, as
-        diffusers and, by default, AUTOMATIC1111 do: int(steps * strength).
+        diffusers does: int(steps * strength).
     mask [1 or N, 1, H, W] in 0..1: 1 is drawn anew, 0 stays as it is, to the pixel.
     measure: "downscale:4" or "blur:2.5" (pixels): the image is this of the picture that is asked for.
-    shows: the prompt that fits the image; its noise is found first, and the request's prompt drawn from that.
+    shows: the prompt that fits the image, read as the request's are; its noise is found first, and the request's prompt
+        drawn from that.
     """
 
     image: Tensor
@@ -37,7 +38,8 @@ class Given:
     strength_steps: str = "all"
     mask: Tensor | None = None
     mask_blur: float = 0.0  # standard deviation of a Gaussian, px
-    padding: int | None = None  # px: draw only what is that near to the mask, at the request's size; None is all
+    padding: int | None = None  # px: draw only what is that near to the mask, at the request's size; None is all.
+    # Then depths and pictures of controls are, as the mask, of the given picture's size, and are cut as it is.
     fill: str = "original"  # what the masked part starts from, with a strength: its surroundings, noise or nothing
     resample: int = 1  # mask: times to go down each stretch of `jump` steps, so that the parts agree (RePaint)
     jump: int = 10
@@ -121,10 +123,15 @@ class Given:
             return self
         if self.padding is None:
             return replace(self, mask=self.soft_mask, mask_blur=0.0)
-        boxes = self.boxes(width, height)
-        images, masks = (v.expand(len(boxes), -1, -1, -1) for v in (self.image, self.soft_mask))
-        image, mask = cut(images, boxes, width, height).clamp(-1, 1), cut(masks, boxes, width, height).clamp(0, 1)
+        image = self.part_of(self.image, width, height).clamp(-1, 1)
+        mask = self.part_of(self.soft_mask, width, height).clamp(0, 1)
         return replace(self, image=image, mask=mask, mask_blur=0.0, padding=None)
+
+    def part_of(self, pictures: Tensor, width: int, height: int) -> Tensor:
+        """With a padding: of pictures [1 or N, C, H, W] of the given size the part that is drawn, at this size."""
+        boxes = self.boxes(width, height)
+        count = max(len(boxes), len(pictures))
+        return cut(pictures.expand(count, -1, -1, -1), boxes * count if len(boxes) == 1 else boxes, width, height)
 
     def put_back(self, drawn: Tensor, rows: slice) -> Tensor:
         """Pictures [B, 3, H, W] drawn for those rows, with the known pixels as they were given."""
@@ -144,10 +151,9 @@ class Given:
         return filled(self.image, self.mask)
 
     def boxes(self, width: int, height: int) -> list[Box]:
-        """With a padding: the part of each picture that is drawn, at that size. Raises ValueError for an empty mask."""
+        """With a padding: the part that is drawn by each mask, at that size. Raises ValueError for an empty mask."""
         assert self.padding is not None
-        boxes = boxes_around(self.soft_mask, self.padding, width, height)
-        return boxes if len(self.image) == 1 or len(boxes) > 1 else boxes * len(self.image)
+        return boxes_around(self.soft_mask, self.padding, width, height)
 
 
 def outpaint(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.diffusion.noise import ImageNoise, NoiseSchedule
+from ldm.models.typed import type_of
 from ldm.nn.offload import works_on
 from ldm.pipeline.control import Batch, hints
 from ldm.pipeline.given import Given
@@ -107,7 +108,7 @@ def shown(pipeline: "Pipeline", batch: Batch) -> tuple[Batch, Conditioning | Non
 
     And, of a model for editing, what it is told instead: the negative prompt, and no picture.
     """
-    given, shape, kind, autoencoder = batch.given, batch.way.shape, pipeline.kind, pipeline.autoencoder
+    given, shape, kind, autoencoder = batch.request.given, batch.way.shape, pipeline.kind, pipeline.autoencoder
     height, width = (side * autoencoder.factor for side in shape[-2:])
     count, (device, dtype) = len(batch.prompts), home(pipeline.denoiser)
     concat: Tensor | None = None
@@ -143,5 +144,4 @@ def reseeded(seeds: Sequence[int], purpose: str) -> tuple[int, ...]:
 
 def home(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a module computes, and in which type."""
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    return works_on(module), dtype
+    return works_on(module), type_of(module)

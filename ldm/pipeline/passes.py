@@ -1,6 +1,5 @@
 """The passes of a request: where each steps, and at which size."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -91,21 +90,19 @@ def stretch(levels: NoiseLevel, start: float, end: float = 1.0) -> Callable[[Ten
     inside = [i for i in range(count) if start <= i / count and (i + 1) / count <= end]
     if not inside:
         raise ValueError(f"from share {start} to share {end} of {count} steps there is none")
-    first, last = inside[0], inside[-1]
-    high = math.inf if first == 0 else float(levels.t[first]) + MARGIN
-    low = -math.inf if last == count - 1 else float(levels.t[last + 1]) + MARGIN
-    return lambda t: (t > low) & (t <= high)
+    step_of = step_at(levels)
+
+    def belongs(t: Tensor) -> Tensor:
+        step = step_of(t)
+        return ((step >= inside[0]) & (step <= inside[-1])).to(t.device)
+
+    return belongs
 
 
-def steps_of(levels: NoiseLevel) -> Callable[[Tensor], list[int]]:
-    """t [B] -> the step of each, from 0; what a sampler evaluates between two levels goes with the upper one."""
+def step_at(levels: NoiseLevel) -> Callable[[Tensor], Tensor]:
+    """t [B] -> the step of each, from 0, int64 [B] on the CPU; between two levels it is that of the upper one."""
     upper = levels.t[:-1].double().cpu() + MARGIN
-
-    def steps(t: Tensor) -> list[int]:
-        found: list[int] = ((upper >= t.double().cpu()[:, None]).sum(1) - 1).clamp(min=0).tolist()
-        return found
-
-    return steps
+    return lambda t: ((upper >= t.double().cpu()[:, None]).sum(1) - 1).clamp(min=0)
 
 
 def handed_over(first: Denoiser, second: Denoiser, told: Conditioning, late: Callable[[Tensor], Tensor]) -> Denoiser:

@@ -11,19 +11,20 @@ from torch import Tensor, nn
 
 from ldm.adapters.library import Library, same_for_all
 from ldm.adapters.tuned import load_tuned
+from ldm.checkpoints.model import cast
 from ldm.diffusion.brownian import BrownianNoise
 from ldm.diffusion.inversion import invert
 from ldm.diffusion.noise import ImageNoise, NoiseSchedule
 from ldm.diffusion.process import Diffusion, DiffusionConfig, Estimate
 from ldm.diffusion.samplers import Sampler, Step, sampler
 from ldm.models.tiling import tile
+from ldm.models.typed import in_type_of
 from ldm.nn.cpu import for_cpu
 from ldm.nn.offload import at_work, offload
-from ldm.pipeline.canvas import cells_of, interpolated, resized
+from ldm.pipeline.begin import begun, enlarged
 from ldm.pipeline.checks import check
 from ldm.pipeline.companions import Companions
-from ldm.pipeline.control import Batch, completing, steered
-from ldm.pipeline.given import Given
+from ldm.pipeline.control import Batch, by_script, completing, steered
 from ldm.pipeline.inputs import home, kind_of, reseeded, shown
 from ldm.pipeline.passes import Pass, handed_over, on_the_sphere, passes_of, strength_of, stretch
 from ldm.pipeline.request import Request
@@ -81,7 +82,7 @@ class Pipeline:
         """Load a text-to-image model of any format; on a CPU, which is slow at anything else, in float32.
 
         low_memory: the autoencoder in tiles; and on another device than a CPU weights in float16, unless `dtype` says
-        otherwise, each network there only while it works, and the denoiser layer by layer.
+        otherwise, but for the autoencoder's, each network there only while it works, and the denoiser layer by layer.
         Raises ValueError if there is none, or one without all three parts. See `load_model` for the options.
         """
         parts = ("autoencoder", "text", "denoiser")
@@ -95,6 +96,8 @@ class Pipeline:
         autoencoder, text, denoiser = (part.to(resting).eval() for part in model.require(*parts))
         if low_memory:
             tile(autoencoder)
+            if dtype == torch.float16:
+                cast(autoencoder, torch.float32)  # what SDXL's computes is too large for half precision
         for part in (autoencoder, text, denoiser):
             if elsewhere and low_memory:
                 offload(part, device, by_layer=part is denoiser)
@@ -152,8 +155,15 @@ class Pipeline:
 
     @torch.inference_mode()
     def decode(self, latent: Tensor) -> Tensor:
-        """Latents [B, c, h, w] -> images [B, 3, H, W] in [-1, 1], float32 on the CPU."""
-        return self._decode(latent).clamp(-1, 1).cpu()
+        """Latents [B, c, h, w] -> images [B, 3, H, W] in [-1, 1], float32 on the CPU.
+
+        Raises ValueError for pictures that are not finite: of such latents, or out of an autoencoder that overflows.
+        """
+        image = self._decode(latent).cpu()
+        if not image.isfinite().all():
+            source = "the autoencoder, which may need float32," if latent.isfinite().all() else "the denoiser"
+            raise ValueError(f"a picture is not finite: {source} gave values that are not")
+        return image.clamp(-1, 1)
 
     @torch.no_grad()
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -226,31 +236,34 @@ class Pipeline:
 
     @torch.no_grad()  # of a generator, torch enters the mode for each step and leaves it at each yield
     def _steps(self, request: Request, passes: list[Pass]) -> Iterator[Step]:
-        given = None if request.given is None else request.given.at(*self.size_of(request))
+        request = request.at(*self.size_of(request))
         refiner: Pipeline | None = self.companions.refiner
         adapters, wanted = wanted_by(request), None
         tell_refiner = None if refiner is None else refiner._teller(request)
         done = 0
-        for start in range(0, len(request.prompts), request.batch):
-            rows, before = slice(start, start + request.batch), None
-            if wanted != (wanted := same_for_all(adapters[rows])):
-                self.library.use(wanted)
-                tell = self._teller(request, negative=self.companions.weak is None)
-            for way in passes:
-                batch = self._batch(request, rows, way, given, tell)
-                batch, editing = shown(self, batch)
-                # guidance with momentum remembers its steps: one for each pass of each batch
-                denoiser = steered(self._network, self.denoiser, self.companions, batch, editing)
-                if refiner is not None and tell_refiner is not None:
-                    denoiser = refiner._refining(denoiser, self.companions, batch, tell_refiner)
-                with at_work(self.denoiser):
-                    for step in self._draw(batch, way.diffusion.denoise(denoiser, batch.cond), before):
-                        yield Step(done + step.index, step.x, step.x0)
-                done, before = done + way.steps, step.x
+        try:
+            for start in range(0, len(request.prompts), request.batch):
+                rows, before = slice(start, start + request.batch), None
+                if wanted != (wanted := same_for_all(adapters[rows])):
+                    self.library.use(wanted)
+                    tell = self._teller(request, negative=self.companions.weak is None)
+                for way in passes:
+                    batch, editing = shown(self, self._batch(request, rows, way, tell))
+                    # guidance with momentum remembers its steps: one for each pass of each batch
+                    denoiser = steered(self._network, self.denoiser, self.companions, batch, editing)
+                    if refiner is not None and tell_refiner is not None:
+                        denoiser = refiner._refining(denoiser, self.companions, batch, tell_refiner)
+                    with at_work(self.denoiser):
+                        for step in self._draw(batch, way.diffusion.denoise(denoiser, batch.cond), before):
+                            yield Step(done + step.index, step.x, step.x0)
+                            self.library.use(wanted)  # what is drawn meanwhile may have others on
+                    done, before = done + way.steps, step.x
+        finally:
+            self.library.use(())
 
     def _draw(self, batch: Batch, denoise: Estimate, before: Tensor | None) -> Iterator[Step]:
         """The steps of one pass; `before` is the result of the one before."""
-        request, way, given = batch.request, batch.way, batch.given
+        request, way, given = batch.request, batch.way, batch.request.given
         noise = BrownianNoise(_seeds(batch.seeds, before), way.shape)
         x = noise()
         if request.variation is not None:
@@ -259,7 +272,7 @@ class Pipeline:
         x = x.to(home(self.denoiser)[0])
         take: Sampler = sampler(request.sampler, eta=request.eta, variance=request.variance)
         if before is not None:
-            x = way.diffusion.add_noise(self._enlarged(before, way.shape, request), x, way.levels[0])
+            x = way.diffusion.add_noise(enlarged(self, before, way.shape, request), x, way.levels[0])
         elif given is not None:
             keeps = given.mask is not None and self.kind != "inpainting"
             begins = strength_of(request, self.kind) is not None
@@ -270,46 +283,30 @@ class Pipeline:
             if given.shows is not None:
                 x = self._noise_of(known, given.shows, batch)
             if begins:
-                x = way.diffusion.add_noise(self._begun(known, given, batch), x, way.levels[0])
+                x = way.diffusion.add_noise(begun(self, known, given, batch), x, way.levels[0])
         return take(denoise, x, way.levels, noise=noise, at=way.diffusion.schedule.at_ratio)
-
-    def _begun(self, known: Tensor, given: Given, batch: Batch) -> Tensor:
-        """The latents that drawing starts from: the known ones, but for what the masked part is filled with."""
-        if given.fill == "original":
-            return known
-        if given.fill == "fill":
-            return self.encode(batch.of(given.filled()))
-        assert given.mask is not None
-        filling = torch.zeros_like(known)
-        if given.fill == "noise":
-            filling = ImageNoise(reseeded(batch.seeds, "fill"), batch.way.shape)().to(known)
-        return torch.lerp(known, filling, cells_of(batch.of(given.mask), known))
-
-    def _enlarged(self, latent: Tensor, shape: tuple[int, ...], request: Request) -> Tensor:
-        """The result of a pass at the size of the next."""
-        assert request.upscale is not None
-        if request.upscale.how != "lanczos":
-            return interpolated(latent, shape[-2:], request.upscale.how)
-        height, width = (side * self.autoencoder.factor for side in shape[-2:])
-        return self.encode(resized(self._decode(latent).clamp(-1, 1), width, height).clamp(-1, 1))
 
     def _refining(self, first: Denoiser, companions: Companions, batch: Batch, tell: Teller) -> Denoiser:
         """A denoiser of another pipeline, and this one's for the last steps: by prompts, without controls."""
-        own = self._batch(_without_layers(batch.request), batch.rows, batch.way, batch.given, tell)
+        own = self._batch(_without_layers(batch.request), batch.rows, batch.way, tell)
         second = steered(self._network, self.denoiser, replace(companions, weak=None), own)
         return handed_over(first, second, own.cond, stretch(batch.way.levels, batch.request.switch))
 
     def _noise_of(self, known: Tensor, shows: str, batch: Batch) -> Tensor:
         """The noise that draws the known latents with the prompt they show, without guidance, on the same levels."""
-        rows = len(batch.prompts)
-        x = known.expand(rows, *known.shape[1:])
-        for step in invert(self.estimate([shows] * rows, known.shape[1:]), x, batch.way.levels):
+        asked = replace(batch.request, prompts=(shows,) * len(batch.request.prompts))
+        own = self._batch(asked, batch.rows, batch.way, self._teller(asked, negative=False))
+        estimate = batch.way.diffusion.denoise(by_script(self._network, own), own.cond)
+        x = known.expand(len(batch.prompts), *known.shape[1:])
+        for step in invert(estimate, x, batch.way.levels):
             x = step.x
         return x
 
     def _network(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         # the network runs in its own type, the sampler's sums in float32
-        output: Tensor = self.denoiser(x.to(home(self.denoiser)[1]), t, cond)
+        own, told = in_type_of(self.denoiser, x, cond)
+        with at_work(self.denoiser):
+            output: Tensor = self.denoiser(own, t, told)
         return output.to(x)
 
     def _decode(self, latent: Tensor) -> Tensor:
@@ -322,10 +319,10 @@ class Pipeline:
         guided = request.guidance != 1 or request.plus_plus or self.kind == "editing"
         return Teller(self.text, request, self._placed, self.null_prompt, negative=negative and guided)
 
-    def _batch(self, request: Request, rows: slice, way: Pass, given: Given | None, tell: Teller) -> Batch:
+    def _batch(self, request: Request, rows: slice, way: Pass, tell: Teller) -> Batch:
         told = tell(rows, way.levels)
         cond, uncond = (self._told_sizes(c, way.shape) for c in (told.cond, told.uncond))
-        return Batch(request, rows, way, given, cond, uncond, told.script, self._decode)
+        return Batch(request, rows, way, cond, uncond, told.script, self._decode)
 
     def _placed(self, told: Conditioning) -> Conditioning:
         device, dtype = home(self.denoiser)

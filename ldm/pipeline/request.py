@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from ldm.diffusion.samplers import canonical, sampler
 from ldm.diffusion.samplers.names import says_plus_plus
 from ldm.names import known
 from ldm.pipeline.given import Given
-from ldm.prompts.grammar import parse
+from ldm.prompts.grammar import parse, pieces
 
 UPSCALERS = {
     "nearest": "Latent (nearest-exact)",
@@ -144,7 +144,7 @@ class Request:
 
     Image i depends on its own prompt and seed, not on what else is asked for. On one machine that holds to the
     byte at batch 1; in larger batches torch may sum in another order, which moves values by some 1e-6 and now
-    and then a pixel by 1 of 255.
+    and then a pixel by 1 of 255; with dpm_adaptive, which decides by them how long its steps are, at times by more.
     """
 
     prompts: tuple[str, ...]
@@ -192,10 +192,21 @@ class Request:
         if self.plain and self.clip_skip is not None:
             raise ValueError("plain prompts are read as the model was trained: without clip_skip")
         if not self.plain:
-            for prompt in dict.fromkeys(self.prompts):
-                parse(prompt)
-            parse(self.negative, negative=True)
+            self._check_texts()
         self._check_pictures()
+
+    def _check_texts(self) -> None:
+        """Raise ValueError for what is no prompt in the grammar, at any step of any pass."""
+        shows = self.given.shows if self.given is not None else None
+        read = [parse(prompt) for prompt in dict.fromkeys(self.prompts)]
+        read.append(parse(self.negative, negative=True))
+        if shows is not None:
+            read.append(parse(shows))
+            if read[-1].adapters:
+                raise ValueError(f"what a picture shows is said without adapters, got {shows!r}")
+        several = {self.steps} if self.upscale is None else {self.steps, self.upscale.steps or self.steps}
+        for text in {text for prompt in read for steps in several for text in prompt.texts(steps)}:
+            pieces(text)
 
     def _check_pictures(self) -> None:
         pictures = [(f"picture for control {i}", control.image) for i, control in enumerate(self.controls)]
@@ -207,11 +218,23 @@ class Request:
             pictures.append(("picture", self.given.image))
             if self.given.mask is not None:
                 pictures.append(("mask", self.given.mask))
+            if self.variation is not None and self.given.shows is not None:
+                raise ValueError("a variation is of noise that is drawn; that of what a picture shows is found")
             if self.upscale is not None and not self.given.plain:
                 raise ValueError(f"upscale goes with prompts and plain pictures, not with {self.given.way}")
         for name, value in pictures:
             if len(value) not in (1, len(self.prompts)):
                 raise ValueError(f"give 1 {name}, or one an image: {len(self.prompts)}, not {len(value)}")
+
+    def at(self, width: int, height: int) -> "Request":
+        """As it is drawn at that size: with a padding, the part around the mask of every picture; the mask blurred."""
+        if self.given is None:
+            return self
+        given, controls, depth = self.given, self.controls, self.depth
+        if given.padding is not None:
+            controls = tuple(replace(c, image=given.part_of(c.image, width, height).clamp(0, 1)) for c in controls)
+            depth = None if depth is None else given.part_of(depth, width, height)
+        return replace(self, given=given.at(width, height), controls=controls, depth=depth)
 
     @property
     def plus_plus(self) -> bool:

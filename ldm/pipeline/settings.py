@@ -1,10 +1,15 @@
 """What is written beside a picture."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from ldm import __version__
 from ldm.diffusion.samplers import canonical
+from ldm.models.text import TextPair
 from ldm.pipeline.given import Given
 from ldm.pipeline.passes import strength_of
 from ldm.pipeline.request import UPSCALERS, Control, Request, Steering
@@ -29,6 +34,8 @@ def settings_of(pipeline: "Pipeline", request: Request, index: int) -> dict[str,
         settings |= {"Clip skip": request.clip_skip + 1}
     if hashes := pipeline.library.hashes(wanted_by(request)[index]):
         settings |= {"Lora hashes": hashes}
+    if learned := _hashes_of_words(pipeline.text, f"{request.prompts[index]} {request.negative}"):
+        settings |= {"TI hashes": learned}
     if variation is not None:
         settings |= {"Variation seed": variation.seeds[index], "Variation seed strength": variation.strength}
     if request.given is not None:
@@ -47,6 +54,24 @@ def settings_of(pipeline: "Pipeline", request: Request, index: int) -> dict[str,
         if value != field.default:
             settings |= {f"Steering {field.name.replace('_', ' ')}": value}
     return settings | {"RNG": "CPU", "Version": f"ldm {__version__}"}
+
+
+def _hashes_of_words(encoder: Any, text: str) -> str:
+    """ "word: hash, ..." of the learned words in a text: the first 12 digits of the sha256 of their vectors' bytes.
+
+    Of the vectors in float32, those of a pair of encoders one after the other.
+    """
+    towers = [encoder.first, encoder.second] if isinstance(encoder, TextPair) else [encoder]
+    tables = [tower.words for tower in towers if hasattr(tower, "words")]
+    found = dict.fromkeys(word for table in tables[:1] for _, word in table.found(text) if word)
+    return ", ".join(f"{word}: {_hash([table.vectors[word] for table in tables])}" for word in found)
+
+
+def _hash(vectors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for table in vectors:
+        digest.update(table.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _given(given: Given, strength: float | None, kind: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldm.adapters.library import Wanted
 from ldm.diffusion.noise import NoiseLevel
 from ldm.nn.offload import at_work
-from ldm.pipeline.passes import steps_of
+from ldm.pipeline.passes import step_at
 from ldm.pipeline.request import Request
 from ldm.prompts.encode import encode, same_length
 from ldm.prompts.grammar import parse
@@ -32,12 +32,12 @@ class Script:
     prompts: Scheduled
     negative: Scheduled | None
     told: Conditioning
-    step_of: Callable[[Tensor], list[int]]  # t [B] -> the step of each
+    step_of: Callable[[Tensor], Tensor]  # t [B] -> the step of each, int64 [B]
 
     @classmethod
     def of(cls, prompts: Scheduled, negative: Scheduled | None, levels: NoiseLevel) -> "Script":
         parts = [prompts.told] if negative is None else [prompts.told, negative.told]
-        return cls(prompts, negative, Conditioning.cat(same_length(parts)), steps_of(levels))
+        return cls(prompts, negative, Conditioning.cat(same_length(parts)), step_at(levels))
 
     def conditionings(self, count: int) -> tuple[Conditioning, Conditioning]:
         """Of the `count` prompts, and of the negative; empty if there is none."""
@@ -52,7 +52,7 @@ class Script:
 
         def scripted(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
             assert cond.context is not None
-            numbers, steps = cond.context.flatten().tolist(), self.step_of(t)
+            numbers, steps = cond.context.flatten().tolist(), self.step_of(t).tolist()
             asked: list[tuple[int, int, float]] = []  # row of x, row of told, share in the result
             for row, (number, step) in enumerate(zip(numbers, steps, strict=True)):
                 asked += [(row, text, share) for text, share in self._shares(number, step)]
@@ -121,7 +121,7 @@ class Teller:
             uncond = self._encode([self._negative_text()])[:1] if self.needs_negative else Conditioning()
             return Telling(cond, self._zeroed(uncond))
         told = conditions(self._encode, prompts, steps)
-        several = any(weight != 1 for weights in told.weights for weight in weights)
+        several = len(told.weights) > 1 or any(weight != 1 for weight in told.weights[0])
         negative = None
         if self.needs_negative or several:
             negative = conditions(self._encode, [self._negative_text()], steps, negative=True)

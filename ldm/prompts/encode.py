@@ -120,21 +120,17 @@ def _chunked(encoder: TextEncoder, texts: list[str], skip: int | None) -> list[C
 
 
 def _whole(encoder: TransformersText, text: str) -> Conditioning:
+    check_texts(encoder, [text])
     tokens = _weighted_tokens(encoder, text)
-    if len(tokens) > encoder.room:
-        raise ValueError(
-            f"the prompt has {len(tokens)} tokens, and this text encoder reads {encoder.room} at most: {text[:60]!r}"
-        )
     told: Conditioning = encoder.read(*encoder.rows([[token for token, _ in tokens]]))
     weights = [*[1.0] * len(encoder.start), *(weight for _, weight in tokens)]
     return replace(told, context=_context(told) * _rows(weights, _context(told)))
 
 
 def _plain(encoder: nn.Module, text: str) -> Conditioning:
-    first, *rest = pieces(text)
-    if rest or any(piece.weight != 1 for piece in first):
-        raise ValueError(f"{type(encoder).__name__} reads plain prompts, without weights or BREAK: {text[:60]!r}")
-    told: Conditioning = encoder(["".join(piece.text for piece in first)])
+    check_texts(encoder, [text])
+    (only,) = pieces(text)
+    told: Conditioning = encoder(["".join(piece.text for piece in only)])
     return told
 
 
@@ -189,6 +185,26 @@ def check_skip(encoder: nn.Module, skip: int | None) -> None:
         if not 0 <= skip < tower.config.layers:
             allowed = tower.config.layers - 1
             raise ValueError(f"skip must be in 0..{allowed} for a text encoder of {allowed + 1} layers, not {skip}")
+
+
+def check_texts(encoder: nn.Module, texts: Iterable[str]) -> None:
+    """Raise ValueError for a text that the encoder cannot read: too long for one without chunks, or with weights."""
+    if isinstance(encoder, TextEncoder):
+        return
+    if isinstance(encoder, TextPair):
+        texts = list(texts)
+        check_texts(encoder.first, texts)
+        check_texts(encoder.second, texts)
+        return
+    for text in texts:
+        if isinstance(encoder, TransformersText):
+            count = len(_weighted_tokens(encoder, text))
+            if count > encoder.room:
+                raise ValueError(
+                    f"the prompt has {count} tokens, and this text encoder reads {encoder.room} at most: {text[:60]!r}"
+                )
+        elif any(piece.weight != 1 for group in pieces(text) for piece in group) or len(pieces(text)) > 1:
+            raise ValueError(f"{type(encoder).__name__} reads plain prompts, without weights or BREAK: {text[:60]!r}")
 
 
 def _context(told: Conditioning) -> Tensor:

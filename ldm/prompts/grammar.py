@@ -93,6 +93,12 @@ class Prompt:
         """The distinct texts of all branches over all steps, in the order in which they come up."""
         return tuple(dict.fromkeys(b.at(step, steps) for step in range(steps) for b in self.branches))
 
+    def words(self, steps: int) -> str:
+        """What it says at the last step as words alone, without weights and what counts against the picture."""
+        texts = [branch.at(steps - 1, steps) for branch in self.branches if branch.weight > 0]
+        groups = (group for text in texts for group in pieces(text))
+        return " ".join("".join(piece.text for piece in group).strip() for group in groups)
+
 
 def parse(prompt: str, *, negative: bool = False) -> Prompt:
     """Read a whole prompt; a negative one is a single branch of weight 1, so a number at its end is text.

@@ -38,12 +38,6 @@ class Scheduled:
         weights = (torch.tensor(weight, device=self._device()) for weight in self.weights)
         return tuple((weight, self.told[list(rows)]) for weight, rows in zip(weights, self.rows[step], strict=True))
 
-    def __getitem__(self, prompts: slice) -> "Scheduled":
-        """What some of the prompts say, without branches in which none of them counts."""
-        kept = [j for j, weights in enumerate(self.weights) if j == 0 or any(weights[prompts])]
-        rows = tuple(tuple(step[j][prompts] for j in kept) for step in self.rows)
-        return Scheduled(self.told, rows, tuple(self.weights[j][prompts] for j in kept))
-
     def _device(self) -> torch.device:
         found = self.told.context if self.told.context is not None else self.told.pooled
         return torch.device("cpu") if found is None else found.device

@@ -87,6 +87,7 @@ class LatentTask(Task):
 
     trained = ("denoiser",)
     reads: bool = False
+    validated: int | None = None  # samples that are validated together; None: all that are given
     denoiser: nn.Module
     source: str  # where the autoencoder is from
 
@@ -123,10 +124,14 @@ class LatentTask(Task):
 
         And that of each fifth of the samples, from the least noise to the most: `loss/0` to `loss/4`.
         """
-        random = SampleRandomness(self.seed, batch.positions, batch.image.device)
-        latent, cond = self._encode(batch, random, dropout=0.0)
-        u = (torch.arange(len(batch), device=latent.device) + 0.5) / len(batch)
-        loss = self._diffused(latent, cond, random, u, batch.mask)
+        u = (torch.arange(len(batch), device=batch.image.device) + 0.5) / len(batch)
+        parts = batch.split(-(-len(batch) // (self.validated or len(batch))))
+        found = []
+        for part, levels in zip(parts, u.split([len(part) for part in parts]), strict=True):
+            random = SampleRandomness(self.seed, part.positions, part.image.device)
+            latent, cond = self._encode(part, random, dropout=0.0)
+            found.append(self._diffused(latent, cond, random, levels, part.mask))
+        loss = torch.cat(found)
         fifths = loss[self.diffusion.for_size(*latent.shape[-2:]).levels(u).t.argsort(stable=True)].tensor_split(5)
         split = {f"loss/{k}": fifth.mean() for k, fifth in enumerate(fifths)} if len(batch) >= 5 else {}
         return {"loss": loss.mean(), **split}

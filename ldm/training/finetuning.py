@@ -39,6 +39,8 @@ from ldm.training.tasks import bare
 from ldm.types import Conditioning
 
 PARTS = ("autoencoder", "text", "denoiser")
+VALIDATED = 4
+"""Samples that are validated together: as few as fit wherever a large model is tuned."""
 PREVIEWED = 4
 """Pictures of the data that the previews of a model which goes by one show."""
 HINT_WIDTHS = (16, 32, 96, 256)
@@ -63,7 +65,7 @@ class FinetuningTask(LatentTask):
         self.config, self.seed, self.source, self.sha256 = config, seed, config.model, sha256
         self.null_prompt = found.settings.get("null_prompt", "")
         self.denoiser = denoiser.requires_grad_(False)
-        self.partial = config.method in PARTIAL
+        self.partial, self.validated = config.method in PARTIAL, VALIDATED
         self.columns = 2 if config.unrelated else 0
         latent = self.autoencoder.latent_channels
         extra = {"inpainting": 1 + latent, "instruct": latent}.get(config.method, 0)
@@ -159,7 +161,7 @@ class FinetuningTask(LatentTask):
 
     def _extra(self) -> int:
         """Channels that the denoiser takes beside the noisy latents'."""
-        config: Any = self.denoiser.config
+        config: Any = bare(self.denoiser).config
         return int(config.in_channels) - self.autoencoder.latent_channels
 
     def _check_told(self) -> None:
@@ -169,6 +171,10 @@ class FinetuningTask(LatentTask):
                 f"{self.config.model}: its denoiser takes {self._extra()} channels beside {latent} of noise, which "
                 "no method here fills (0: plain; a picture's: instruct; those and a mask: inpainting)"
             )
+        if self._edits and not isinstance(self.autoencoder, AutoencoderKL):
+            raise ValueError("a model for editing is told the means of a KL autoencoder; this one has a codebook")
+        if self._edits and self.config.dropout > 1 / 3:
+            raise ValueError(f"task.dropout is three times dropped in editing: at most 1/3, not {self.config.dropout}")
 
     # what the denoiser is told
 
@@ -178,13 +184,13 @@ class FinetuningTask(LatentTask):
         return self._extra() == self.autoencoder.latent_channels
 
     @property
-    def _paired(self) -> bool:
+    def paired(self) -> bool:
         """Whether each picture comes with another."""
         return self.config.method in CONTROLS or self._edits
 
     def check_data(self, config: DataConfig) -> None:
         """Raise ValueError where batches made as `config` says would not hold what the method needs."""
-        if self._paired and not config.condition:
+        if self.paired and not config.condition:
             raise ValueError(
                 f"task.method={self.config.method} needs another picture with each: data.condition=stored, or one "
                 "that is made of it, edges or segments"
@@ -202,7 +208,7 @@ class FinetuningTask(LatentTask):
         extra, latent = self._extra(), self.autoencoder.latent_channels
         if extra > latent:
             return replace(cond, concat=self._holes(batch))
-        if not self._paired:
+        if not self.paired:
             return cond
         assert batch.condition is not None
         if self.config.method in CONTROLS:
@@ -235,8 +241,21 @@ class FinetuningTask(LatentTask):
 
     def preview(self, batch: Batch) -> Tensor | None:
         """Of a model that goes by a picture: a row of such pictures, and below each what is drawn by it."""
-        with self._computing(batch.image.device):
+        computing, network = self._computing(batch.image.device), bare(self.denoiser)
+
+        def enter(*_: object) -> None:
+            computing.__enter__()
+
+        def leave(*_: object) -> None:
+            computing.__exit__(None, None, None)
+
+        # around the denoiser alone: text is read, and pictures decoded, as they will be by whoever draws with the model
+        hooks = [network.register_forward_pre_hook(enter), network.register_forward_hook(leave, always_call=True)]
+        try:
             return self._preview(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _preview(self, batch: Batch) -> Tensor | None:
         if not self._extra() and self.config.method not in CONTROLS:
@@ -252,7 +271,7 @@ class FinetuningTask(LatentTask):
             height=size[0],
             width=size[1],
         )
-        if not self._paired:
+        if not self.paired:
             hole = torch.zeros(1, 1, *size)
             hole[..., size[1] // 2 :] = 1  # the right half
             request, seen = replace(request, given=Given(seen, mask=hole)), seen * (1 - hole)

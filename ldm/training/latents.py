@@ -37,6 +37,16 @@ def check_cache(cache: Cache, autoencoder: nn.Module, text: nn.Module) -> None:
     cache.key.check(cache.path, wanted | ({"text": weights_sha256(text)} if cache.key.text else {}))
 
 
+def key_of(reader: ShardReader, config: DataConfig, autoencoder: AutoencoderKL, text: nn.Module | None) -> CacheKey:
+    """What decides the cache of a shard folder."""
+    return CacheKey(
+        data=reader.fingerprint,
+        autoencoder=weights_sha256(autoencoder),
+        text=weights_sha256(text) if text else "",
+        **framing_of(size_of([reader], config), config),
+    )
+
+
 def encode(
     config: DataConfig,
     autoencoder: AutoencoderKL,
@@ -55,12 +65,7 @@ def encode(
         raise ValueError("a cache is made of one shard folder, with data.crops of 1 or more")
     reader = open_folder(config.paths[0], config)
     size = size_of([reader], config)
-    key = CacheKey(
-        data=reader.fingerprint,
-        autoencoder=weights_sha256(autoencoder),
-        text=weights_sha256(text) if text else "",
-        **framing_of(size, config),
-    )
+    key = key_of(reader, config, autoencoder, text)
     plan: dict[str, Any] = {
         "shards": len(reader.info.shards),
         "samples": len(reader),

@@ -49,8 +49,6 @@ class FinetuningTaskConfig(LatentTaskConfig):
             raise ValueError("task.word is the word that task.method=textual_inversion teaches: give both or neither")
         if self.vectors < 1:
             raise ValueError(f"task.vectors must be at least 1, not {self.vectors}")
-        if self.method == "instruct" and self.dropout > 1 / 3:
-            raise ValueError(f"task.dropout is three times dropped by instruct: at most 1/3, not {self.dropout}")
         if self.unrelated and len(self.unrelated) != len(self.previews):
             raise ValueError(
                 f"task.unrelated has {len(self.unrelated)} prompts and task.previews {len(self.previews)}: "

@@ -1,21 +1,24 @@
 """What a fine-tuning run stands on besides its model, made before it begins: shards, drawn pictures, latents."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 
+from data_pipeline import shards
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import fixed_batch, open_data
+from data_pipeline.precompute import CacheKey
 from data_pipeline.prepare import PrepareConfig, prepare_folder
 from data_pipeline.reader import ShardReader
 from ldm.checkpoints.load import load_model
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.pipeline.inputs import kind_of
 from ldm.training.drawn import DrawnConfig, draw
 from ldm.training.finetuning import PARTS
-from ldm.training.latents import encode
+from ldm.training.latents import encode, key_of
 from ldm.training.methods import FinetuningTaskConfig
 
 log = logging.getLogger(__name__)
@@ -67,6 +70,7 @@ def prepare(subject: Subject, data: DataConfig, batch_size: int, out: Path) -> t
         conditions=subject.conditions,
         masks=subject.masks,
         holdout=subject.holdout,
+        workers=data.workers,
     )
     prepared = prepare_folder(subject.pictures, out / "data", config)
     left_out = ", ".join(f"{count} {reason}" for reason, count in prepared.rejected.items())
@@ -86,7 +90,7 @@ def with_class(subject: Subject, model: str, data: DataConfig, out: Path) -> Dat
     assert data.size is not None
     drawn = DrawnConfig(model, (subject.class_prompt,), subject.class_pictures, data.size, weight=subject.prior_weight)
     log.info("drawing %d pictures of %r", drawn.count, subject.class_prompt)
-    path = draw(drawn, out / "class")
+    path = draw(drawn, out / _named("class", drawn))
     often = sum(Fraction(r) * len(ShardReader(p)) for p, r in zip(data.paths, data.repeats, strict=True))
     repeats = (*data.repeats, float(often / drawn.count))
     return replace(data, path=[*data.paths, path], repeats=repeats)
@@ -95,12 +99,19 @@ def with_class(subject: Subject, model: str, data: DataConfig, out: Path) -> Dat
 def forgetting(subject: Subject, model: str, size: int, out: Path) -> str:
     """Shards of what the base model draws of unrelated prompts."""
     log.info("drawing %d pictures of unrelated prompts", KEPT)
-    return draw(DrawnConfig(model, subject.unrelated, KEPT, size), out / "kept")
+    drawn = DrawnConfig(model, subject.unrelated, KEPT, size)
+    return draw(drawn, out / _named("kept", drawn))
 
 
-def forgets(task: FinetuningTaskConfig) -> bool:
-    """Whether the method changes what the base draws of a prompt, and can be asked for that."""
-    return task.method in ("full", "adapter")
+def kind_of_base(model: str) -> str:
+    """What the model is shown besides latents: see `kind_of`. Raises ValueError for one that cannot be tuned."""
+    autoencoder, _, denoiser = load_model(model, PARTS).require(*PARTS)
+    return kind_of(denoiser, autoencoder)
+
+
+def forgets(task: FinetuningTaskConfig, kind: str) -> bool:
+    """Whether the method changes what the base, of that kind, draws of a prompt, and can be asked for that."""
+    return task.method in ("full", "adapter") and kind in ("plain", "inpainting")
 
 
 def captions(data: DataConfig, count: int) -> tuple[str, ...]:
@@ -110,13 +121,13 @@ def captions(data: DataConfig, count: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(batch.captions))[:count]
 
 
-def cached(task: FinetuningTaskConfig, data: DataConfig, samples: int, out: Path) -> DataConfig:
-    """The data with its latents, and what a frozen text encoder says, computed before where that saves work.
+def cached(task: FinetuningTaskConfig, data: DataConfig, out: Path) -> DataConfig:
+    """The data with its latents, and what a frozen text encoder says, computed before where that can be.
 
-    It does where a picture comes twice or more, is cut in one of few ways, and is seen whole.
+    It can where a picture is cut in one of few ways, and is seen whole. How long the run is does not matter: it may be
+    made longer.
     """
-    readers = open_data(data)
-    if samples < 2 * sum(map(len, readers)) or not data.crops or data.caches or task.method == "inpainting":
+    if not data.crops or data.caches or task.method == "inpainting":
         return data
     autoencoder, text, denoiser = load_model(task.model, PARTS, dtype=torch.float32).require(*PARTS)
     channels = getattr(denoiser.config, "in_channels", 0)
@@ -128,8 +139,13 @@ def cached(task: FinetuningTaskConfig, data: DataConfig, samples: int, out: Path
     encoder = None if varied or reads else text.to(device)
     log.info("encoding the pictures, once%s", "" if encoder is None else ", and their captions")
     caches = []
-    for number, path in enumerate(data.paths):
+    for path, reader in zip(data.paths, open_data(data), strict=True):
         alone = replace(data, path=path, repeats=(), weights=(), condition="", mask="")
-        caches.append(str(out / f"latents-{number}"))
+        caches.append(str(out / _named("latents", key_of(reader, alone, autoencoder, encoder))))
         encode(alone, autoencoder.to(device), encoder, caches[-1])
     return replace(data, cache=caches)
+
+
+def _named(what: str, decisive: DrawnConfig | CacheKey) -> str:
+    """The name of a folder, another for other settings: what was made for them does not stand in the way."""
+    return f"{what}-{shards.sha256(shards.to_json(asdict(decisive)))[:16]}"

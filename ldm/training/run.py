@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader, fixed_batch, open_data
 from data_pipeline.reader import ShardReader
-from data_pipeline.samples import size_of
+from data_pipeline.samples import STORED, size_of
 from ldm.checkpoints.files import steps
 from ldm.checkpoints.load import load_model
 from ldm.checkpoints.model import load_tensors
@@ -75,6 +75,9 @@ FREE = (
     "init",
 )
 """Settings that may differ when a run is resumed; any other change would make it another run."""
+
+FEWEST_VALIDATED = 64
+"""Rows of a validation in fine-tuning: at one level and with one noise, a picture's loss says nothing of the model."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +142,7 @@ def run(config: RunConfig) -> TrainState:
             f"accumulate={config.accumulate} would compare each part with itself alone, which is another loss; "
             "use task.micro_batch, which is the same loss in less memory"
         )
-    if isinstance(config.task, FinetuningTaskConfig) and config.init:
-        raise ValueError("task.model is what a fine-tuning starts from: leave init= out")
-    if isinstance(config.task, FinetuningTaskConfig) and config.task.held not in ("float32", config.precision):
-        raise ValueError(f"task.held={config.task.held} needs precision={config.task.held}, which computes in that")
+    check_finetuning(config, task)
     if isinstance(config.task, AutoencoderTaskConfig):
         if config.task.decoder_only and not config.init:
             raise ValueError("task.decoder_only keeps the encoder as it is: give the model to start from, init=MODEL")
@@ -189,6 +189,19 @@ def build(config: RunConfig) -> tuple[list[ShardReader], Task]:
     return data, task_class(config.task, size=size, seed=config.seed)
 
 
+def check_finetuning(config: RunConfig, task: Task) -> None:
+    """Raise ValueError for settings of the run that do not go with a fine-tuning task."""
+    if not isinstance(task, FinetuningTask):
+        return
+    held = task.config.held
+    if config.init:
+        raise ValueError("task.model is what a fine-tuning starts from: leave init= out")
+    if held not in ("float32", config.precision):
+        raise ValueError(f"task.held={held} needs precision={held}, which computes in that")
+    if config.forgetting and task.paired and config.data.condition == STORED:
+        raise ValueError("forgetting= holds drawn pictures, which have no others beside them as data.condition=stored")
+
+
 def check_data(loader: Loader, task: Task) -> None:
     """Raise ValueError where the task cannot learn from such batches."""
     config = loader.config
@@ -211,21 +224,29 @@ def check_data(loader: Loader, task: Task) -> None:
 
 
 def inspection(config: RunConfig, data: list[ShardReader]) -> Inspection:
-    """Fixed samples to validate on, and to picture (from the validation data if there is any)."""
+    """Fixed samples to validate on, and to picture (from the validation data if there is any).
+
+    In fine-tuning, where few are held out, each is validated several times, at other levels and with other noise.
+    """
 
     def fixed(path: str, count: int, plain_data: DataConfig) -> Batch:
         plain_data = replace(plain_data, path=path, size=size_of(data, config.data))
         readers = open_data(plain_data)
         return fixed_batch(readers, plain_data, min(count, sum(map(len, readers))))
 
+    def often(batch: Batch) -> Batch:
+        times = -(-FEWEST_VALIDATED // len(batch)) if isinstance(config.task, FinetuningTaskConfig) else 1
+        return Batch.cat([replace(batch, positions=batch.positions + i * len(batch)) for i in range(times)])
+
     forgetting = None
     if config.forgetting:  # drawn pictures, of which there is neither condition nor mask but what is made of them
-        made = "" if config.data.condition == "stored" else config.data.condition
-        forgetting = fixed(config.forgetting, config.validation_samples, replace(config.data, condition=made, mask=""))
+        made = "" if config.data.condition == STORED else config.data.condition
+        plain_data = replace(config.data, condition=made, mask="")
+        forgetting = often(fixed(config.forgetting, config.validation_samples, plain_data))
     if not config.validation:
         return Inspection(None, fixed_batch(data, config.data, min(16, sum(map(len, data)))), forgetting)
     validation = fixed(config.validation, config.validation_samples, config.data)
-    return Inspection(validation, validation.split(-(-len(validation) // 16))[0], forgetting)
+    return Inspection(often(validation), validation.split(-(-len(validation) // 16))[0], forgetting)
 
 
 def start_from(task: Task, model: str) -> None:
@@ -311,14 +332,19 @@ def describe(config: RunConfig, tflops: float = 0.0) -> str:
 
 
 def cost(config: RunConfig, tflops: float = 0.0) -> str:
-    """The run's parameters, memory, time and disk in a few lines; see `estimate`."""
+    """The run's parameters, memory, time and disk in a few lines; see `estimate`. ValueError for what cannot be."""
     data, task = build(config)
+    check_data(Loader(data, config.data, batch_size=config.batch_size, seed=config.seed), task)
     return estimate(task, data, config, config.data, tflops)
 
 
-def main_first(config: RunConfig) -> AbstractContextManager[None]:
-    """Within the block the main process is alone; then the others go through it, and find what it made."""
+@contextmanager
+def main_first(config: RunConfig) -> Iterator[bool]:
+    """Within the block the main process is alone; then the others go through it, and find what it made.
+
+    Yields whether this is the main process.
+    """
     patience = timedelta(seconds=2 * config.timeout_seconds)
     processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=patience)
-    found: AbstractContextManager[None] = processes.main_process_first()
-    return found
+    with processes.main_process_first():
+        yield processes.is_main_process

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.adapters import files
+from ldm.adapters.adapter import Adapter
 from ldm.adapters.facts import metadata
 from ldm.adapters.tuned import ADAPTER, WORD
 from ldm.checkpoints import textual_inversion
 from ldm.checkpoints.convert import convert
-from ldm.checkpoints.files import newest_valid
+from ldm.checkpoints.files import newest_valid, sha256
 from ldm.checkpoints.load import base_of
 from ldm.training.state import best_checkpoint
 
@@ -30,29 +31,21 @@ def share(out: Path, told: Mapping[str, Any]) -> list[Path]:
     """Write `out/shared` from the chosen checkpoint, anew; -> what was written: nothing for a model of its own.
 
     An adapter for kohya's readers (AUTOMATIC1111, ComfyUI) and for diffusers, a word likewise, a ControlNet for
-    diffusers. told: facts of the run by kohya's names, for the adapter's metadata.
+    diffusers. told: facts of the run by kohya's names, for the adapter's metadata; to them comes the hash of the base's
+    file, which programs know it by, where it is one file.
     """
     checkpoint, shared = chosen(out), out / "shared"
     base = base_of(checkpoint)
+    shutil.rmtree(shared, ignore_errors=True)
     if base is None:
         return []
     name = out.resolve().name
     if (checkpoint / ADAPTER).is_file():
         adapter = files.read(checkpoint / ADAPTER)
-        own = {"title": name, "output_name": name, "new_sd_model_hash": base["sha256"]["denoiser"]}
-        strings = metadata(adapter, {**told, **own})
-        places = {"kohya": shared / f"{name}.safetensors"}
-        if adapter.kind in ("lora", "dora"):  # diffusers has no names for the others
-            places["diffusers"] = shared / "diffusers" / files.DIFFUSERS_FILE
-        try:
-            for dialect, path in places.items():
-                files.write(adapter, path, dialect, strings)
-        except ValueError as error:  # layers, or a whole network, that other programs do not have
-            log.warning("%s: other programs cannot read this adapter; it is written for our own", error)
-            shutil.rmtree(shared, ignore_errors=True)
-            places = {"native": shared / f"{name}.safetensors"}
-            files.write(adapter, places["native"], "native", strings)
-        return list(places.values())
+        own = {"title": name, "output_name": name}
+        if (model := Path(base["model"])).is_file():
+            own["new_sd_model_hash"] = sha256(model)
+        return _share_adapter(adapter, shared, name, metadata(adapter, {**told, **own}))
     if (checkpoint / WORD).is_file():
         inversion = textual_inversion.read(checkpoint / WORD)
         name = inversion.word.replace("/", "-")
@@ -61,7 +54,6 @@ def share(out: Path, told: Mapping[str, Any]) -> list[Path]:
         textual_inversion.write(inversion, written[1], "diffusers")
         return written
     target = shared / "diffusers"
-    shutil.rmtree(target, ignore_errors=True)
     if base["settings"]["method"] != "controlnet":
         return []
     try:
@@ -70,3 +62,23 @@ def share(out: Path, told: Mapping[str, Any]) -> list[Path]:
         log.warning("%s: other programs cannot read this ControlNet", error)
         return []
     return [target]
+
+
+def _share_adapter(adapter: Adapter, shared: Path, name: str, strings: Mapping[str, str]) -> list[Path]:
+    """In every dialect that has words for it; where none has, in our own."""
+    places = {"kohya": shared / f"{name}.safetensors"}
+    if adapter.kind in ("lora", "dora"):  # diffusers has no names for the others
+        places["diffusers"] = shared / "diffusers" / files.DIFFUSERS_FILE
+    written = []
+    for dialect, path in places.items():
+        try:
+            files.write(adapter, path, dialect, strings)
+        except ValueError as error:  # layers, or a whole network, that other programs do not have
+            log.warning("%s: programs that read %s cannot read this adapter", error, dialect)
+        else:
+            written.append(path)
+    if not written:
+        log.warning("other programs cannot read this adapter; it is written for our own")
+        written = [shared / f"{name}.safetensors"]
+        files.write(adapter, written[0], "native", strings)
+    return written

@@ -82,6 +82,9 @@ EXEMPT = {
     "ldm.cli.generate.generate": ONE_PER_OPTION,
     "ldm.cli.data.build.build": ONE_PER_OPTION,
     "ldm.cli.evaluate.emoji": ONE_PER_OPTION,
+    "ldm.cli.evaluate.shapes": ONE_PER_OPTION,
+    "ldm.cli.evaluate.edges": ONE_PER_OPTION,
+    "ldm.cli.evaluate.inpainting": ONE_PER_OPTION,
     "ldm.cli.finetune.finetune": ONE_PER_OPTION,
 }
 

@@ -114,6 +114,8 @@ def test_plain_batches_hold_stored_pixels_and_first_captions(dataset: ShardReade
         stored = np.asarray(Image.open(io.BytesIO(dataset[i].image_bytes)))  # [16, 16, 3]
         assert np.array_equal(pixels[i].permute(1, 2, 0).numpy(), stored)
     assert batch.image.min() >= -1 and batch.image.max() <= 1
+    drawing = replace(CONFIG, templates=("a drawing: {}", "a photo: {}"))
+    assert fixed_batch(dataset, drawing, 5).captions == [f"a drawing: {caption}" for caption in batch.captions]
     with pytest.raises(ValueError, match=r"count=38: .* has 37 samples"):
         fixed_batch(dataset, CONFIG, 38)
 

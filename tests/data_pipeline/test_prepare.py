@@ -172,6 +172,39 @@ def test_broken_pictures_are_counted_and_never_held_out(tmp_path: Path) -> None:
     assert made.rejected == {"unreadable image": 5}
 
 
+def test_pictures_without_a_caption_do_not_count_as_held_out(tmp_path: Path) -> None:
+    """Of 3 with a caption, among 9, none can be spared; of 11 with one among 40, a tenth of the 11 is one."""
+    for count, captioned, held in ((9, 3, 0), (40, 11, 1)):
+        pictures = some(tmp_path / f"in{count}", count)
+        for i in range(captioned):
+            (pictures / f"{i:03d}.txt").write_text("a dog")
+        made = prepare_folder(pictures, tmp_path / "out", replace(DOG, caption=""))
+        assert made.samples == (captioned - held,) and bool(made.validation) == bool(held)
+        assert made.rejected == {"no caption": count - captioned}
+
+
+def test_a_usable_picture_is_always_left(tmp_path: Path) -> None:
+    pictures = some(tmp_path / "in", 1)
+    for i in range(9):
+        (pictures / f"broken {i}.jpg").write_bytes(b"no")
+    made = prepare_folder(pictures, tmp_path / "out", DOG)
+    assert made.samples == (1,) and made.validation == "" and made.rejected == {"unreadable image": 9}
+    with pytest.raises(ValueError, match="holdout=1 of 1 usable pictures leaves none"):
+        prepare_folder(pictures, tmp_path / "out", replace(DOG, holdout=1))
+
+
+def test_a_part_without_a_usable_picture_is_left_out(tmp_path: Path) -> None:
+    root = fill(tmp_path / "in", ["10_dog/a.png", "1_cat/b.png"])
+    (root / "1_cat" / "b.png").write_bytes(b"no")
+    made = prepare_folder(root, tmp_path / "out", DOG)
+    assert [Path(f).name for f in made.folders] == ["train-10"] and made.repeats == (10.0,)
+    assert made.rejected == {"unreadable image": 1}
+    (root / "10_dog" / "a.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"not one of 2 pictures in .* is usable \(2 unreadable image\)"):
+        prepare_folder(root, tmp_path / "other", DOG)
+    assert not (tmp_path / "other").exists()
+
+
 def test_whole_pictures_for_buckets(tmp_path: Path) -> None:
     """No more than 4 size^2 pixels, of the same shape, and the true size is known; small ones stay."""
     root = fill(tmp_path / "in", ["large.png"], (300, 200))

@@ -1,5 +1,6 @@
 """Drawn scenes: captions that invert, pictures that obey them, splits that never leak."""
 
+import hashlib
 import pickle
 import re
 from collections import Counter
@@ -10,6 +11,7 @@ import pytest
 
 from data_pipeline.sources.shapes import (
     COLOURS,
+    GLYPHS,
     GRID,
     HELD_OUT,
     RELATIONS,
@@ -25,7 +27,9 @@ from data_pipeline.sources.shapes import (
     compose,
     coverage,
     draw,
+    exchange,
     layout,
+    listed,
     parse,
     prompts,
 )
@@ -129,7 +133,7 @@ def test_sizes_show_the_same_picture() -> None:
 
 
 def test_edges_are_smooth_and_areas_exact() -> None:
-    for shape, share in {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}.items():
+    for shape, share in {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "zorp": 3 / 4}.items():
         cover = coverage(shape, (3.0, 4.0), 9.0, 32)
         assert cover.sum() == pytest.approx(81 * share, rel=0.01)
         assert ((cover > 0) & (cover < 1)).any() == (shape != "square")
@@ -176,6 +180,67 @@ def test_prompts_are_of_their_split_and_mixed(split: str) -> None:
     if split != "all":
         assert all(scene.held_out is (split == "heldout") for scene in told)
     assert Counter(len(scene.objects) for scene in told) == {1: 40, 2: 40, 3: 20}
+
+
+def test_scenes_are_the_same_to_the_byte_for_ever() -> None:
+    """Demos and their figures are compared over time, so what is drawn for a seed may not change."""
+    drawn = hashlib.sha256()
+    for split in ("train", "heldout", "all"):
+        source = ShapesSource(ShapesConfig(count=50, seed=1, split=split))
+        for i in range(50):
+            sample = source[i]
+            drawn.update(repr((sample.key, sample.captions, sample.meta)).encode() + sample.image.tobytes())
+        drawn.update(repr(prompts(split, 50, 3)).encode())
+    assert drawn.hexdigest() == "2efc7b516bbbf4c3ffb9c76d0e6d3489d78316089019339aadea74a919523285"
+
+
+@pytest.mark.parametrize("glyph", GLYPHS)
+def test_a_glyph_is_in_every_scene_that_asks_for_it_once_and_in_no_other(glyph: str) -> None:
+    pairs = {}
+    for split in ("train", "heldout"):
+        told = [parse(text) for text in prompts(split, 200, glyph=glyph)]
+        glyphs = [[o for o in scene.objects if o.shape == glyph] for scene in told]
+        assert {len(some) for some in glyphs} == {1} and {len(scene.objects) for scene in told} == {1, 2, 3}
+        assert all(scene.held_out is (split == "heldout") for scene in told)
+        pairs[split] = {(some[0].colour, some[0].size) for some in glyphs}
+        assert {colour for colour, _ in pairs[split]} == set(COLOURS) and {s for _, s in pairs[split]} == set(SIZES)
+    assert pairs["train"].isdisjoint(pairs["heldout"])
+    assert not any(glyph in text for text in prompts("all", 200))
+    with pytest.raises(ValueError, match=r"unknown glyph 'star'.*zorp"):
+        prompts("all", 4, glyph="star")
+
+
+def test_the_centroid_of_a_zorp() -> None:
+    cover = coverage("zorp", (3.0, 4.0), 9.0, 32)
+    middle = np.arange(32) + 0.5
+    assert cover.sum(0) @ middle / cover.sum() == pytest.approx(7.5, abs=0.02)
+    # of a trapezium with parallel sides 1/2 (top) and 1: (1 / 2 + 2) / (3 (1 / 2 + 1)) of its height
+    assert cover.sum(1) @ middle / cover.sum() == pytest.approx(4 + 9 * 5 / 9, abs=0.02)
+
+
+def test_a_list_names_the_objects_and_not_where_they_are() -> None:
+    rng = np.random.default_rng(0)
+    where = {"left", "right", "above", "over", "top", "bottom", "then", "to", "from", "on", "at"}
+    for scene in scenes(60):
+        text = listed(scene, rng)
+        assert all(f"a {thing}" in text for thing in scene.objects) and not where & set(text.split())
+    pair = parse("a small red circle above a large blue square")
+    orders = ("a small red circle and a large blue square", "a large blue square and a small red circle")
+    assert {listed(pair, rng) for _ in range(20)} == set(orders)
+    plain, told = (ShapesSource(ShapesConfig(count=9, places=places)) for places in (True, False))
+    for i in range(9):
+        assert told[i].image.tobytes() == plain[i].image.tobytes() and len(told[i].captions) == 1
+        assert sorted(re.findall(r"(?:small|large) \w+ \w+", told[i].captions[0])) == sorted(
+            re.findall(r"(?:small|large) \w+ \w+", plain[i].captions[0])
+        )
+
+
+def test_an_object_is_exchanged() -> None:
+    scene = parse("a small red circle above a large blue square")
+    new = Object("green", "triangle", "small")
+    assert caption(exchange(scene, scene.objects[1], new)) == "a small red circle above a small green triangle"
+    with pytest.raises(ValueError, match="different colours"):
+        exchange(scene, scene.objects[1], Object("red", "square", "small"))
 
 
 @pytest.mark.parametrize("wrong", [{"split": "test"}, {"size": 16}, {"max_objects": 4}, {"count": -1}, {"seed": -1}])

@@ -65,3 +65,22 @@ def test_what_is_not_offloaded_stays_and_gives_the_same() -> None:
             assert torch.equal(module(*args), plain)
     with pytest.raises(ValueError, match="must be on the CPU first"):
         offload(module.to("meta"), "cpu")
+
+
+def test_blocks_that_lie_in_one_another_or_overlap() -> None:
+    """As of two generators, of which the first to begin ends first: it is there until both have ended."""
+    module = UNet(CONFIG).eval().requires_grad_(False)
+    before = pointers(module)
+    offload(module, "meta")
+    first, second = at_work(module), at_work(module)
+    first.__enter__()
+    there = list(module.parameters())
+    second.__enter__()
+    assert all(a is b for a, b in zip(there, module.parameters(), strict=True))
+    first.__exit__(None, None, None)
+    assert places(module) == {"meta"}
+    second.__exit__(None, None, None)
+    assert places(module) == {"cpu"} and pointers(module) == before
+    with at_work(module), at_work(module):
+        assert places(module) == {"meta"}
+    assert pointers(module) == before

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ldm.adapters.files import write
-from ldm.adapters.lora import AdapterConfig, adapter_of, attached, eject, inject
+from ldm.adapters.files import read, write
+from ldm.adapters.library import Library, adapters_in
+from ldm.adapters.lora import AdapterConfig, adapter_of, attach, attached, detach, eject, inject
 from ldm.adapters.textual_inversion import teach
 from ldm.models.text import TextEncoder
 from ldm.pipeline import Given, Pipeline, Request, Steering
@@ -170,7 +171,12 @@ def test_adapters_that_prompts_ask_for(folder):
     weights = {k: v.clone() for k, v in pipeline.denoiser.state_dict().items()}
     without = pipeline(one("a cat"))
     drawn = pipeline(one("a cat <lora:glow:0.5><lora:ink>"))
+    assert attached(pipeline.library.components) == {}
+    stream = pipeline.stream(one("a cat <lora:glow:0.5><lora:ink>"))
+    next(stream)
     assert attached(pipeline.library.components) == {"glow": 0.5, "ink": 1.0}
+    stream.close()
+    assert attached(pipeline.library.components) == {}
     assert not torch.equal(drawn, without)
     plain.attach(folder / "glow.safetensors", 0.5)
     plain.attach(folder / "ink.safetensors")
@@ -179,6 +185,88 @@ def test_adapters_that_prompts_ask_for(folder):
     assert all(torch.equal(v, weights[k]) for k, v in pipeline.denoiser.state_dict().items())
     settings = pipeline.settings(one("a cat <lora:glow:0.5>"), 0)["Lora hashes"]
     assert settings.startswith("glow: ") and len(settings) == 18
+
+
+def test_streams_that_take_turns_have_each_its_own_adapters(folder):
+    pipeline = small()
+    pipeline.adapters = {path.stem: path for path in folder.glob("*.safetensors")}
+    prompts = ("a cat <lora:glow>", "a cat <lora:ink>", "a cat")
+    alone = [[step.x for step in pipeline.stream(one(prompt))] for prompt in prompts]
+    turns = zip(*(pipeline.stream(one(prompt)) for prompt in prompts), strict=True)
+    for i, steps in enumerate(turns):
+        assert all(torch.equal(step.x, own[i]) for step, own in zip(steps, alone, strict=True))
+
+
+def test_an_adapter_that_is_refused_changes_nothing(folder):
+    pipeline = small()
+    drawn = pipeline(one("a cat"))
+    (folder / "broken.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"broken\.safetensors"):
+        pipeline.attach(folder / "broken.safetensors")
+    assert pipeline.adapters == {} and torch.equal(pipeline(one("a cat")), drawn)
+
+
+def test_another_file_of_the_same_name_is_used(folder):
+    pipeline, names = small(), ("glow", "ink")
+    drawn = {}
+    for name in names:
+        pipeline.adapters = {"it": folder / f"{name}.safetensors"}
+        drawn[name] = pipeline(one("a cat <lora:it>"))
+        pipeline.adapters = {name: folder / f"{name}.safetensors"}
+        assert torch.equal(drawn[name], pipeline(one(f"a cat <lora:{name}>")))
+    assert not torch.equal(*drawn.values())
+    always = small()
+    always.attach(folder / "glow.safetensors")
+    always.adapters = {"glow": folder / "ink.safetensors"}
+    with pytest.raises(ValueError, match="two adapters of one name"):
+        always.stream(one("a cat <lora:glow>"))
+
+
+def test_what_others_attached_stays(folder):
+    pipeline, files = small(), {name: folder / f"{name}.safetensors" for name in ("glow", "ink")}
+    pipeline.adapters = files
+    both = pipeline(one("a cat <lora:glow><lora:ink>"))
+    attach(pipeline.library.components, read(files["glow"], pipeline.library.components), name="mine")
+    assert torch.equal(pipeline(one("a cat <lora:ink>")), both)
+    stream = pipeline.stream(one("a cat <lora:ink>"))
+    next(stream)
+    detach(pipeline.library.components, "mine")
+    attach(pipeline.library.components, read(files["glow"], pipeline.library.components), name="mine")  # after ink
+    next(stream)
+    assert [*attached(pipeline.library.components)] == ["mine", "ink"]  # the order that it always has
+    stream.close()
+    assert attached(pipeline.library.components) == {"mine": 1.0}
+    attach(pipeline.library.components, read(files["ink"], pipeline.library.components), name="ink")
+    with pytest.raises(ValueError, match="'ink' is attached to the model already"):
+        pipeline.stream(one("a cat <lora:ink>"))
+
+
+def test_folders_of_peft_and_diffusers_are_one_adapter_each(folder):
+    pipeline = small()
+    adapter = read(folder / "ink.safetensors", pipeline.library.components)
+    place = folder / "found"
+    for path in ("deep/peft/unet", "deep/peft/text_encoder", "plain"):
+        (place / path).mkdir(parents=True)
+        (place / path / "adapter_config.json").write_text("{}")
+        (place / path / "adapter_model.safetensors").write_bytes(path.encode())
+    (place / "style").mkdir()
+    write(adapter, place / "style" / "pytorch_lora_weights.safetensors", "native")
+    write(adapter, place / "file.safetensors", "native")
+    found = adapters_in(place)
+    assert found == {
+        "peft": place / "deep/peft", "plain": place / "plain", "style": place / "style",
+        "file": place / "file.safetensors",
+    }  # fmt: skip
+    pipeline.adapters = found
+    drawn = [pipeline(one(f"a cat <lora:{name}>")) for name in ("style", "file")]
+    assert torch.equal(*drawn)
+    hashes = pipeline.library.hashes((("peft", 1.0), ("file", 1.0)))
+    text = place / "deep/peft/text_encoder/adapter_model.safetensors"
+    text.write_bytes(b"other")
+    again = Library(pipeline.library.components)
+    again.paths = found
+    assert again.hashes((("file", 1.0),)) == hashes.split(", ")[1]
+    assert again.hashes((("peft", 1.0),)) != hashes.split(", ")[0]
 
 
 def test_images_of_other_adapters_need_batches_of_their_own(folder):
@@ -218,3 +306,16 @@ def test_learned_words(pipeline):
     teach(pipeline.text, "zorp", torch.randn(2, 16, generator=torch.Generator().manual_seed(0)))
     assert not torch.equal(pipeline(one("a zorp")), before)
     assert not torch.equal(pipeline(one("a zorp", plain=True)), before)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("first", ["a dog", "a [dog:cat:0.5]"])
+def test_and_counts_where_every_branch_weighs_one(pipeline, guidance, first):
+    """Against weights next to 1, which are known to be heard."""
+    changes = {"guidance": guidance, "batch": 3}
+    prompts = (f"{first} AND fog", f"{first} AND fog :1.000001", first)
+    asked = Request(prompts, (7, 7, 7), steps=4, width=16, height=16, **changes)
+    both, nearly, alone = pipeline(asked)
+    torch.testing.assert_close(both, nearly, rtol=0, atol=1e-3)
+    assert not torch.allclose(both, alone, atol=1e-2)
+    torch.testing.assert_close(pipeline(one(prompts[0], guidance=guidance))[0], both, rtol=0, atol=1e-3)

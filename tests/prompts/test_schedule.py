@@ -48,20 +48,6 @@ def test_what_each_prompt_says_at_each_step() -> None:
                     assert encode.said(cond)[i] == branch.at(step, 5)
 
 
-def test_some_of_the_prompts() -> None:
-    encode = Recorder()
-    found = conditions(encode, PROMPTS, 5)
-    for prompts, branches in ((slice(0, 2), 2), (slice(1, 3), 1), (slice(2, 9), 3)):
-        some = found[prompts]
-        for step in range(5):
-            told = some.at(step)
-            assert len(told) == branches
-            for (weight, cond), (all_weights, all_conds) in zip(told, found.at(step), strict=False):
-                assert torch.equal(weight, all_weights[prompts])
-                assert encode.said(cond) == encode.said(all_conds)[prompts]
-    assert found[1:3].constant and len(conditions(Recorder(), ["a:0"], 1)[:1].at(0)) == 1
-
-
 def test_what_never_changes_is_said_so() -> None:
     encode = Recorder()
     found = conditions(encode, ["a", "(b:1.2)", "a"], 3)

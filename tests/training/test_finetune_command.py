@@ -1,24 +1,33 @@
 """`ldm finetune` from a folder of pictures to files to share: every method, once more, and what cannot be."""
 
+import hashlib
 import json
+import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from data_pipeline.reader import ShardReader
 from data_pipeline.sources.shapes import ShapesConfig, ShapesSource
 from ldm.adapters import files
+from ldm.adapters.adapter import Adapter
 from ldm.adapters.textual_inversion import load_embeddings
 from ldm.adapters.tuned import load_tuned
 from ldm.checkpoints import textual_inversion
-from ldm.checkpoints.load import load_model
+from ldm.checkpoints.convert import convert
+from ldm.checkpoints.load import base_of, load_model
 from ldm.cli.main import application
+from ldm.config import load_config
+from ldm.training import sharing
 from ldm.training.recipes import RECIPES
-from ldm.training.run import run
+from ldm.training.run import RunConfig, run
 from ldm.training.runs import read_record
-from ldm.training.sharing import chosen
+from ldm.training.sharing import chosen, share
 from tests.conftest import frozen, tiny_config
 
 QUICK = ["samples=8", "batch_size=4", "data.size=16", "task.preview_steps=2"]
@@ -82,7 +91,7 @@ def test_every_method_goes_from_pictures_to_a_model(
             metadata = file.metadata()
         assert metadata["ss_network_dim"] in ("16", "8", "0") and metadata["ss_learning_rate"] == "0.0001"
         assert metadata["ss_num_train_images"] == "5" and metadata["ss_resolution"] == "16x16"
-        assert metadata["ss_sd_model_name"] == "denoising" and len(metadata["ss_new_sd_model_hash"]) == 64
+        assert metadata["ss_sd_model_name"] == "denoising" and "ss_new_sd_model_hash" not in metadata  # a folder
     elif method == "textual-inversion":
         assert shared == {"zorp.safetensors", "diffusers/learned_embeds.safetensors"}
         found = textual_inversion.read(out / "shared" / "zorp.safetensors")
@@ -127,12 +136,117 @@ def test_three_pictures_and_one(models: dict[str, Path], pictures: Path, tmp_pat
         assert f"chosen: {out}/checkpoints/step-00000002" in said
 
 
+def test_a_folder_of_diffusers_is_a_base(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    convert(models["denoising"], tmp_path / "base", "diffusers")
+    said = finetune("lora", tmp_path / "base", pictures, "--out", str(tmp_path / "run"), *QUICK)
+    assert "to share: " in said
+
+
 def test_caches_are_made_where_they_save_work(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
     out, words = tmp_path / "run", [*QUICK, "samples=12"]
     finetune("lora", models["denoising"], pictures, "--out", str(out), *words)
-    assert (out / "latents-0" / "index.json").is_file()
+    assert len(list(out.glob("latents-*/index.json"))) == 1
     finetune("lora", models["denoising"], pictures, "--out", str(tmp_path / "other"), *words, "data.crops=0")
-    assert not (tmp_path / "other" / "latents-0").exists()
+    assert not list((tmp_path / "other").glob("latents-*"))
+
+
+def test_a_run_can_be_made_longer(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    for samples, step in ((8, 2), (12, 3)):
+        words = ["--out", str(tmp_path / "run"), *QUICK, f"samples={samples}"]
+        assert f"at step {step}" in finetune("lora", models["denoising"], pictures, *words)
+
+
+def test_names_are_what_they_are(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    """Emoji, spaces and a hash sign in every name, $ in a caption; the hint is words of a shell that mean the run."""
+    folder, base, out = tmp_path / "my 🐕 #1", tmp_path / "the base 🎨", tmp_path / "a #b 'c' 🚀"
+    shutil.copytree(pictures, folder)
+    convert(models["denoising"], base, "diffusers")
+    for i in range(3):
+        (folder / f"{i}.txt").write_text("a price of ${5}, 😀zorp", encoding="utf-8")
+    words = ["--out", str(out), "--word", "😀zorp", *QUICK]
+    for _ in range(2):  # resumes
+        said = finetune("textual-inversion", base, folder, *words)
+    config = load_config(RunConfig, [out / "config.yaml"], [])
+    assert config.out == str(out) and config.task.word == "😀zorp" and config.task.model == str(base)
+    assert config.task.previews == ("a photo of 😀zorp",)
+    (hint,) = (line for line in said.splitlines() if line.startswith("draw with it: "))
+    assert shlex.split(hint)[3:] == ["ldm", "generate", str(chosen(out)), "a photo of 😀zorp"]
+
+
+def test_captions_that_say_the_word_are_pictured(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "in")
+    for i in range(5):
+        (folder / f"{i}.txt").write_text(f"scene {i}")
+    words = ["--out", str(tmp_path / "run"), "--word", "zorp", "--holdout", "0", *QUICK]
+    finetune("textual-inversion", models["denoising"], folder, *words)
+    config = load_config(RunConfig, [tmp_path / "run" / "config.yaml"], [])
+    assert config.task.previews[0] == "a photo of zorp" and len(config.task.previews) == 4
+
+
+def test_an_editing_base_draws_nothing_beforehand(
+    models: dict[str, Path], shards: Path, pictures: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    words = ["--out", str(base), *QUICK, "data.condition=edges"]
+    finetune("instruct", models["denoising"], pictures, *words)
+    for method in ("lora", "full"):
+        out = tmp_path / method
+        finetune(method, base, pictures, "--out", str(out), "--conditions", str(pictures), *QUICK)
+        assert not list(out.glob("kept-*")) and load_config(RunConfig, [out / "config.yaml"], []).forgetting == ""
+    with pytest.raises(ValueError, match="--class-prompt is drawn by the base"):
+        more = ["--class-prompt", "a circle", "data.condition=edges"]
+        finetune("lora", base, pictures, "--out", str(tmp_path / "no"), *QUICK, *more)
+    with pytest.raises(ValueError, match="lora needs --conditions"):
+        finetune("lora", base, pictures, "--out", str(tmp_path / "no"), *QUICK)
+
+
+def test_other_pictures_to_validate_on_leave_all_to_train_on(
+    models: dict[str, Path], shards: Path, pictures: Path, tmp_path: Path
+) -> None:
+    words = ["--out", str(tmp_path / "run"), *QUICK, f"validation={shards}"]
+    finetune("lora", models["denoising"], pictures, *words)
+    config = load_config(RunConfig, [tmp_path / "run" / "config.yaml"], [])
+    assert config.validation == str(shards) and sum(len(ShardReader(path)) for path in config.data.paths) == 6
+
+
+def test_a_corrected_command_goes_on(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    """A mistake is found before anything is drawn; what was drawn for other settings is in nobody's way."""
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="name no layer"):
+        finetune("lora", models["denoising"], pictures, "--out", str(out), *QUICK, "task.adapter.targets=[nothing]")
+    with pytest.raises(ValueError, match="multiple"):
+        finetune("lora", models["denoising"], pictures, "--out", str(out), *QUICK, "data.size=18")
+    assert {path.name for path in out.iterdir()} == {"data"}
+    more = ["--class-prompt", "a circle", "--class-pictures"]
+    with pytest.raises(ValueError, match="accumulate"):  # known only to the run itself
+        finetune("lora", models["denoising"], pictures, "--out", str(out), *QUICK, *more, "2", "accumulate=8")
+    finetune("lora", models["denoising"], pictures, "--out", str(out), *QUICK, *more, "3", "data.flip=true")
+    assert len(list(out.glob("class-*"))) == 2
+
+
+def test_what_is_shared_is_of_this_run(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    """The hash of a base that is one file is the file's; what stood in shared/ is gone; a dialect that has no words
+    for the adapter takes nothing from the other."""
+    file, out = tmp_path / "base.safetensors", tmp_path / "run"
+    file.write_bytes(b"weights")
+    finetune("lora", models["denoising"], pictures, "--out", str(out), *QUICK)
+    (out / "shared" / "old.safetensors").touch()
+    real = files.write
+    base = base_of(chosen(out))
+    assert base is not None
+
+    def write(adapter: Adapter, path: Path, to: str, *more: Any) -> None:
+        if to == "diffusers":
+            raise ValueError("no words for it")
+        real(adapter, path, to, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "write", write)
+        patch.setattr(sharing, "base_of", lambda _: {**base, "model": str(file)})
+        assert share(out, {}) == [out / "shared" / "run.safetensors"]
+    assert [path.name for path in (out / "shared").iterdir()] == ["run.safetensors"]
+    with safe_open(out / "shared" / "run.safetensors", "pt") as shared:
+        assert shared.metadata()["ss_new_sd_model_hash"] == hashlib.sha256(b"weights").hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -147,6 +261,11 @@ def test_caches_are_made_where_they_save_work(models: dict[str, Path], pictures:
         ("lora", ["--class-prompt", "a", "--class-pictures", "0"], "must be 1 or more"),
         ("lora", ["task.method=none"], "unknown task.method"),
         ("lora", ["rank=3"], "rank"),
+        ("lora", ["--conditions", "."], "--conditions are for controlnet, t2i-adapter, instruct and models for"),
+        ("lora", ["data.path=elsewhere"], "follow from PICTURES"),
+        ("lora", ["data.repeats=[3]"], "follow from PICTURES"),
+        ("lora", ["--holdout", "2", "validation=elsewhere"], "give one of them"),
+        ("lora", ["--unrelated", "cost ${5}"], "cannot be written into a config"),
         ("lora", ["--holdout", "9"], "leaves none to train on"),
     ],
 )

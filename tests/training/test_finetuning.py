@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
+from data_pipeline.build import BuildConfig
+from data_pipeline.build import build as build_shards
 from data_pipeline.loader import Loader, fixed_batch, open_data
+from data_pipeline.sources.shapes import ShapesConfig, ShapesSource
 from ldm.adapters.lora import eject
 from ldm.adapters.tuned import load_tuned
 from ldm.checkpoints.files import commit, newest_valid, read_json, read_tensors
@@ -26,10 +29,10 @@ from ldm.training.finetuning import FinetuningTask
 from ldm.training.preparing import Subject, with_class
 from ldm.training.quantize import quantize
 from ldm.training.randomness import SampleRandomness
-from ldm.training.run import RunConfig, build, run
+from ldm.training.run import RunConfig, build, inspection, run
 from ldm.training.state import TrainState, best_checkpoint
 from ldm.types import Conditioning
-from tests.conftest import LOOP
+from tests.conftest import LOOP, tiny_config
 from tests.training.test_resume import files_of
 
 METHODS: dict[str, list[str]] = {
@@ -60,6 +63,15 @@ def base(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     with commit(out / "model") as stage:
         save_model(stage, found.components, found.settings, "base")
     return out / "model"
+
+
+@pytest.fixture(scope="module")
+def conditioned(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight scenes, each with itself beside it."""
+    scenes = ShapesSource(ShapesConfig(count=8, seed=3))
+    samples = [replace(scenes[i], condition=scenes[i].image) for i in range(8)]
+    build_shards(samples, BuildConfig(size=32), out := tmp_path_factory.mktemp("conditioned") / "shards")
+    return out
 
 
 def config_of(base: Path, shards: Path, out: Path, *more: str) -> RunConfig:
@@ -354,6 +366,31 @@ def test_what_is_forgotten_is_measured_on_the_bases_own_samples(base: Path, shar
     assert kept and all(line["kept/loss"] == line["loss"] for line in kept)  # here both are the same samples
 
 
+def test_few_held_out_pictures_are_validated_at_many_levels(base: Path, shards: Path, tmp_path: Path) -> None:
+    """Of 3: 66 rows, each picture at 22 levels spread over all, each with its own noise; in parts as at once."""
+    config = config_of(base, shards, tmp_path, "validation_samples=3", f"forgetting={shards}", *METHODS["inpainting"])
+    data, task = build(config)
+    inspected = inspection(config, data)
+    batch = inspected.validation
+    assert batch is not None and inspected.forgetting is not None and len(inspected.forgetting) == 66
+    assert batch.positions.tolist() == list(range(66)) and batch.keys == batch.keys[:3] * 22
+    seen: list[Tensor] = []
+    real = Diffusion.loss
+
+    def loss(*given: Any, u: Tensor, **more: Any) -> Any:
+        seen.append(u)
+        return real(*given, u=u, **more)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(Diffusion, "loss", loss)
+        found = task.validate(batch)
+        assert max(map(len, seen)) == 4
+        torch.testing.assert_close(torch.cat(seen), (torch.arange(66) + 0.5) / 66)
+        patch.setattr(task, "validated", None)
+        whole = task.validate(batch)
+    assert {k: float(v) for k, v in found.items()} == pytest.approx({k: float(v) for k, v in whole.items()}, rel=1e-5)
+
+
 # --- learning ---------------------------------------------------------------------------------------------------
 
 
@@ -425,6 +462,21 @@ def test_a_base_held_in_16_bits_computes_the_same(method: str, base: Path, shard
     assert size("bf16") < 0.65 * size("float32")
 
 
+def test_previews_of_a_held_base_are_decoded_in_full_precision(base: Path, shards: Path, tmp_path: Path) -> None:
+    task = task_of(base, shards, tmp_path, "task.held=bf16", *METHODS["lora"])
+    seen: dict[str, set[bool]] = {}
+    for name in ("denoiser", "text", "autoencoder"):
+        layer = next(m for m in getattr(task, name).modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.LayerNorm))
+        note = seen.setdefault(name, set())
+        layer.register_forward_hook(lambda *_, note=note: note.add(torch.is_autocast_enabled("cpu")))
+    decoder = next(m for m in task.autoencoder.decoder.modules() if isinstance(m, nn.Conv2d))
+    decoder.register_forward_hook(lambda *_: seen["autoencoder"].add(torch.is_autocast_enabled("cpu")))
+    with torch.no_grad():
+        assert task.preview(batch_of(shards)) is not None
+    assert seen == {"denoiser": {True}, "text": {False}, "autoencoder": {False}}
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_a_quantised_base_needs_bitsandbytes(
     base: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,13 +508,16 @@ def test_a_quantised_base_needs_bitsandbytes(
         (["task.method=adapter", "task.adapter.targets=[nothing]"], "name no layer"),
         (["task.method=adapter", "task.held=bf16"], "needs precision=bf16"),
         (["task.method=full", "init=elsewhere"], "leave init= out"),
+        (["task.method=controlnet", "data.condition=stored", "forgetting=DATA"], "no others beside them"),
         (["task.method=full", "data.size=15"], "must be a multiple of the latent factor 2"),
         (["task.method=full", "task.model=nowhere"], "no model at 'nowhere'"),
     ],
 )
-def test_what_cannot_be_is_one_line(words: list[str], reason: str, base: Path, shards: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_is_one_line(
+    words: list[str], reason: str, base: Path, shards: Path, conditioned: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
-        run(config_of(base, shards, tmp_path / "run", *words))
+        run(config_of(base, conditioned, tmp_path / "run", *(w.replace("DATA", str(shards)) for w in words)))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -477,6 +532,19 @@ def test_a_base_that_takes_other_pictures_is_refused(base: Path, shards: Path, t
     assert task._encode(batch_of(shards), SampleRandomness(0, torch.arange(8)), 0.0)[1].concat is not None
     with pytest.raises(ValueError, match="no cache holds"):
         task.check_data(replace(config_of(base, shards, tmp_path, "task.method=full").data, cache="somewhere"))
+
+
+def test_what_a_model_for_editing_asks_of_any_method(base: Path, shards: Path, tmp_path: Path) -> None:
+    editing = [*METHODS["instruct"], f"out={tmp_path / 'edits'}"]
+    run(config_of(base, shards, tmp_path, *editing))
+    with pytest.raises(ValueError, match=r"three times dropped in editing: at most 1/3, not 0\.5"):
+        task_of(tmp_path / "edits", shards, tmp_path, "task.dropout=0.5", *METHODS["lora"])
+    run(tiny_config("autoencoder", tmp_path / "vq", shards, "task.codebook={entries: 16, decay: 0.9}"))
+    parts = load_model(base).components | load_model(tmp_path / "vq", ["autoencoder"]).components
+    with commit(tmp_path / "model") as stage:
+        save_model(stage, parts, load_model(base).settings, "base")
+    with pytest.raises(ValueError, match="told the means of a KL autoencoder"):
+        task_of(tmp_path / "model", shards, tmp_path, *METHODS["instruct"])
 
 
 def test_a_word_that_no_caption_says_has_no_gradient(base: Path, shards: Path, tmp_path: Path) -> None:

@@ -55,8 +55,10 @@ def infer(shapes: Shapes) -> T2IAdapterConfig:
 
     Raises ValueError for a file with other blocks: light adapters and those for SDXL.
     """
-    count = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"body\.(\d+)\.block1\.weight", name)))
-    widths = [shapes[f"body.{i}.block1.weight"][0] for i in range(count)]
-    if "conv_in.weight" not in shapes or count % 2 or widths[::2] != widths[1::2]:
+    found = {int(match[1]): name for name in shapes if (match := re.fullmatch(r"body\.(\d+)\.block1\.weight", name))}
+    widths = [shapes[found[i]][0] for i in sorted(found)]
+    told = shapes.get("conv_in.weight", (0, 0))[1]  # 1 or 3 channels of 8 x 8 px; SDXL's has 16 x 16
+    whole = found and sorted(found) == [*range(len(found))] and widths[::2] == widths[1::2]
+    if not whole or told not in (64, 192):
         raise ValueError("it is a T2I-adapter of another kind than those of full size for Stable Diffusion 1 and 2")
-    return T2IAdapterConfig(tuple(widths[::2]), 2, shapes["conv_in.weight"][1] // 64, 8)
+    return T2IAdapterConfig(tuple(widths[::2]), 2, told // 64, 8)
