@@ -40,7 +40,9 @@ def finetune(
     out: Annotated[str, typer.Option(help="the folder of the run; run again, it goes on")] = "",
     caption: Annotated[str, typer.Option(help="of pictures that have none: 'photo of sks dog'")] = "",
     word: Annotated[str, typer.Option(help="textual-inversion: the word that is taught")] = "",
-    class_prompt: Annotated[str, typer.Option(help="what the subject is one of: 'photo of a dog'")] = "",
+    class_prompt: Annotated[
+        list[str] | None, typer.Option(help="what the subject is one of: 'photo of a dog'; repeat it for more")
+    ] = None,
     class_pictures: Annotated[int, typer.Option(help="how many of those the model draws itself, once")] = 100,
     prior_weight: Annotated[float, typer.Option(help="how much they count beside the subject")] = 1.0,
     unrelated: Annotated[
@@ -71,7 +73,7 @@ def finetune(
     if (method == "textual-inversion") != bool(word):
         raise ValueError("--word is the word that textual-inversion teaches: give both or neither")
     subject = Subject(
-        pictures, caption, conditions, masks, holdout, class_prompt, class_pictures, prior_weight,
+        pictures, caption, conditions, masks, holdout, tuple(class_prompt or ()), class_pictures, prior_weight,
         tuple(unrelated or UNRELATED),
     )  # fmt: skip
     if word and not caption and not finished:
@@ -141,7 +143,7 @@ def _check(method: str, config: "RunConfig", subject: "Subject", kind: str) -> N
         raise ValueError(
             f"--conditions are for controlnet, t2i-adapter, instruct and models for editing, not for {method}"
         )
-    if subject.class_prompt and kind == "editing":
+    if subject.class_prompts and kind == "editing":
         raise ValueError("--class-prompt is drawn by the base, and this one, for editing, draws nothing by itself")
     if subject.holdout is not None and config.validation:
         raise ValueError("--holdout keeps pictures for validation, and validation= names others: give one of them")
@@ -186,10 +188,10 @@ def _on_drawn(config: "RunConfig", subject: "Subject", kind: str) -> "RunConfig"
     from ldm.training.preparing import cached, forgets, forgetting, with_class
 
     out, task, data = Path(config.out), _task(config), config.data
-    data = cached(task, with_class(subject, task.model, data, out), out)
+    data = cached(task, with_class(subject, task.model, data, out, task.preview_guidance), out)
     kept = config.forgetting
     if not kept and forgets(task, kind) and data.size:
-        kept = forgetting(subject, task.model, data.size, out)
+        kept = forgetting(subject, task.model, data.size, out, task.preview_guidance)
     return replace(config, data=data, forgetting=kept)
 
 

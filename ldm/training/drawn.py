@@ -27,7 +27,7 @@ class DrawnConfig:
     size: int  # px a side
     weight: float = 1.0  # of each picture in a loss
     steps: int = 30
-    guidance: float = 5.0
+    guidance: float = 4.0
 
 
 @dataclass

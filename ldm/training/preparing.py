@@ -31,7 +31,7 @@ KEPT = 16
 class Subject:
     """What is learned. pictures: a folder of them, or of shards; caption: of those that have none.
 
-    conditions, masks, holdout: see PrepareConfig. class_prompt: what the subject is one of; class_pictures of it are
+    conditions, masks, holdout: see PrepareConfig. class_prompts: what the subject is one of; class_pictures in all are
     drawn and trained on as often as the subject, at prior_weight (Ruiz et al. 2023, eq. 2). unrelated: prompts of
     what is not to be forgotten.
     """
@@ -41,7 +41,7 @@ class Subject:
     conditions: str = ""
     masks: str = ""
     holdout: float | None = None
-    class_prompt: str = ""
+    class_prompts: tuple[str, ...] = ()
     class_pictures: int = 100
     prior_weight: float = 1.0
     unrelated: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Subject:
                 f"class pictures must be 1 or more and their weight 0 or more, not {self.class_pictures} and "
                 f"{self.prior_weight}"
             )
-        if self.class_prompt and (self.masks or self.conditions):
+        if self.class_prompts and (self.masks or self.conditions):
             raise ValueError("masks and conditions are of the subject alone: leave them out, or the class prompt")
 
 
@@ -83,23 +83,30 @@ def prepare(subject: Subject, data: DataConfig, batch_size: int, out: Path) -> t
     return found, prepared.validation
 
 
-def with_class(subject: Subject, model: str, data: DataConfig, out: Path) -> DataConfig:
+def with_class(subject: Subject, model: str, data: DataConfig, out: Path, guidance: float) -> DataConfig:
     """The data with as many samples of the subject's class, which the model draws itself, in every even batch."""
-    if not subject.class_prompt:
+    if not subject.class_prompts:
         return data
     assert data.size is not None
-    drawn = DrawnConfig(model, (subject.class_prompt,), subject.class_pictures, data.size, weight=subject.prior_weight)
-    log.info("drawing %d pictures of %r", drawn.count, subject.class_prompt)
+    drawn = DrawnConfig(
+        model,
+        subject.class_prompts,
+        subject.class_pictures,
+        data.size,
+        weight=subject.prior_weight,
+        guidance=guidance,
+    )
+    log.info("drawing %d pictures of %s", drawn.count, ", ".join(map(repr, subject.class_prompts)))
     path = draw(drawn, out / _named("class", drawn))
     often = sum(Fraction(r) * len(ShardReader(p)) for p, r in zip(data.paths, data.repeats, strict=True))
     repeats = (*data.repeats, float(often / drawn.count))
     return replace(data, path=[*data.paths, path], repeats=repeats)
 
 
-def forgetting(subject: Subject, model: str, size: int, out: Path) -> str:
+def forgetting(subject: Subject, model: str, size: int, out: Path, guidance: float) -> str:
     """Shards of what the base model draws of unrelated prompts."""
     log.info("drawing %d pictures of unrelated prompts", KEPT)
-    drawn = DrawnConfig(model, subject.unrelated, KEPT, size)
+    drawn = DrawnConfig(model, subject.unrelated, KEPT, size, guidance=guidance)
     return draw(drawn, out / _named("kept", drawn))
 
 
