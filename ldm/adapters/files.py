@@ -177,8 +177,8 @@ def write(
     if to == "peft":
         peft_folder.write(adapter, _as_theirs(adapter), place, dtype)
         return
-    tensors = {"kohya": _kohya, "diffusers": _diffusers, "native": _native}[to](adapter)
-    record = {"components": {n: {"kind": k, "config": asdict(c)} for n, (k, c) in adapter.networks.items()}}
+    tensors = {"kohya": _kohya, "diffusers": _diffusers, "native": native_tensors}[to](adapter)
+    record = record_of(adapter)
     tensors = {name: t if name.endswith("alpha") else t.to(dtype) for name, t in tensors.items()}
     with commit_file(place) as stage:
         save_tensors(stage, tensors, record, {"format": "pt"} | told)
@@ -251,7 +251,13 @@ def _diffusers(adapter: Adapter) -> dict[str, Tensor]:
     return tensors
 
 
-def _native(adapter: Adapter) -> dict[str, Tensor]:
+def record_of(adapter: Adapter) -> dict[str, Any]:
+    """What our files say of the networks that the adapter is for."""
+    return {"components": {n: {"kind": k, "config": asdict(c)} for n, (k, c) in adapter.networks.items()}}
+
+
+def native_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Every factor by component, native module and its own name."""
     return {
         f"{component}.{module}.{factor}": tensor
         for component, part in adapter.parts.items()

@@ -1,14 +1,13 @@
 """Runs that hold only what was put on a base model, an adapter or a word: what they keep, and their loading."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldm.adapters.adapter import Adapter
-from ldm.adapters.files import read
+from ldm.adapters.files import native_tensors, read, record_of
 from ldm.adapters.lora import merge
 from ldm.adapters.textual_inversion import teach
 from ldm.checkpoints import textual_inversion
@@ -23,14 +22,7 @@ ADAPTER, WORD = "adapter.safetensors", "word.safetensors"
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
     """Write an adapter under its native names, as `ldm.adapters.files` reads it; equal ones give equal bytes."""
-    tensors = {
-        f"{component}.{module}.{factor}": tensor
-        for component, part in adapter.parts.items()
-        for module, factors in part.items()
-        for factor, tensor in factors.items()
-    }
-    networks = {name: {"kind": kind, "config": asdict(config)} for name, (kind, config) in adapter.networks.items()}
-    save_tensors(path, tensors, {"components": networks})
+    save_tensors(path, native_tensors(adapter), record_of(adapter))
 
 
 def save_word(inversion: TextualInversion, path: Path) -> None:

@@ -1,7 +1,7 @@
 """What diffusers and TencentARC's own files call the parts of a T2I-adapter."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ldm.checkpoints.layouts.table import Entry, Shapes, entries, fixed
@@ -10,23 +10,29 @@ from ldm.models.t2i_adapter import T2IAdapterConfig
 
 def diffusers(config: T2IAdapterConfig, keys: Iterable[str]) -> list[Entry]:
     """The table for T2IAdapter."""
-    modules = [("conv_in", "adapter.conv_in")]
-    for i in range(len(config.channels)):
-        modules.append((f"levels.{i}.project", f"adapter.body.{i}.in_conv"))
-        for j in range(config.blocks):
-            block = f"adapter.body.{i}.resnets.{j}.block"
-            modules += [(f"levels.{i}.blocks.{j}.conv{k}", f"{block}{k}") for k in (1, 2)]
-    return entries(keys, modules)
+    return _table(config, keys, "adapter.", lambda i: f"body.{i}", lambda i, j: f"body.{i}.resnets.{j}")
 
 
 def original(config: T2IAdapterConfig, keys: Iterable[str]) -> list[Entry]:
     """The table for TencentARC's files: all blocks in one row, a level's change of width in its first block."""
-    modules = [("conv_in", "conv_in")]
+    n = config.blocks
+    return _table(config, keys, "", lambda i: f"body.{i * n}", lambda i, j: f"body.{i * n + j}")
+
+
+def _table(
+    config: T2IAdapterConfig,
+    keys: Iterable[str],
+    prefix: str,
+    level: Callable[[int], str],
+    block: Callable[[int, int], str],
+) -> list[Entry]:
+    """level: where theirs has the change of width of a level; block: where a block of it is."""
+    modules = [("conv_in", f"{prefix}conv_in")]
     for i in range(len(config.channels)):
-        modules.append((f"levels.{i}.project", f"body.{i * config.blocks}.in_conv"))
+        modules.append((f"levels.{i}.project", f"{prefix}{level(i)}.in_conv"))
         for j in range(config.blocks):
-            block = f"body.{i * config.blocks + j}.block"
-            modules += [(f"levels.{i}.blocks.{j}.conv{k}", f"{block}{k}") for k in (1, 2)]
+            theirs = f"{prefix}{block(i, j)}.block"
+            modules += [(f"levels.{i}.blocks.{j}.conv{k}", f"{theirs}{k}") for k in (1, 2)]
     return entries(keys, modules)
 
 
