@@ -18,6 +18,7 @@ class Batch:
     positions [B] int64, on the host: the place of each sample in the run's global stream. All randomness of a sample
     derives from (seed, position), so it does not depend on batch size, rank or worker.
     weights [B] float32: how much each sample counts in the loss; None: all 1.
+    prior [B] bool, on the host: whether the sample shows what a model knows already that is fine-tuned; None: none.
     sizes [B, 6] int64: original height and width, crop top and left, target height and width, px (Podell et al. 2023,
     sec. 2.2); None: pictures that were never larger, nor cropped.
     moments [B, 2 C, h, w]: mean and log-variance of the latents, as stored before; the pictures are then not read, and
@@ -33,6 +34,7 @@ class Batch:
     positions: Tensor
     keys: list[str]
     weights: Tensor | None = None
+    prior: Tensor | None = None
     sizes: Tensor | None = None
     moments: Tensor | None = None
     text: dict[str, Tensor] = field(default_factory=dict)
@@ -50,8 +52,9 @@ class Batch:
         return [self._rows(slice(a, b)) for a, b in itertools.pairwise(edges)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch with its tensors on `device`; the positions stay: the host seeds random numbers by them."""
-        return self._map(lambda t: t if t is self.positions else t.to(device, non_blocking=non_blocking))
+        """The same batch with its tensors on `device`, but for positions and prior, which the host goes by."""
+        stay = {id(self.positions), id(self.prior)}
+        return self._map(lambda t: t if id(t) in stay else t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; torch's DataLoader looks for this method."""

@@ -12,7 +12,8 @@ class DataConfig:
     """path: a shard folder, or a list of them. size: pixels a side; None takes the size the shards were built with.
 
     Of several folders every sample comes equally often, unless `repeats` says how often each folder's come in an
-    epoch, or `weights` what share of all samples each folder gives: one number a folder.
+    epoch, or `weights` what share of all samples each folder gives: one number a folder. prior: of each folder, whether
+    it shows what a model that is fine-tuned knows already, and should not forget.
     buckets: pictures keep their shapes, near enough: about size^2 px, sides multiples of bucket_step.
     crops, flip: see Framing. caption and what follows: see CaptionConfig (caption is its choice).
     cache: what `ldm data encode` made, one for each folder. workers: processes that decode.
@@ -29,6 +30,7 @@ class DataConfig:
     workers: int = 0
     repeats: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
+    prior: tuple[bool, ...] = ()
     buckets: bool = False
     bucket_step: int = 64
     max_aspect: float = 2.0

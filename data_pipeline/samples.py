@@ -48,6 +48,8 @@ class Samples(Dataset[Batch]):
         self.framing, self.captions = config.framing, config.captions
         self._make = maker(config.condition) if config.condition in KINDS else None
         self._check_members()
+        if config.prior and len(config.prior) != len(readers):
+            raise ValueError(f"data.prior={list(config.prior)}: say yes or no of each of {len(readers)} folders")
         self._cached = [open_folder(path, config) for path in config.caches]
         self.caches = self._open_caches()
 
@@ -70,6 +72,7 @@ class Samples(Dataset[Batch]):
             positions=torch.tensor([position]),
             keys=[key],
             weights=torch.tensor([_weight(meta, key)], dtype=torch.float32),
+            prior=torch.tensor([self.config.prior[dataset]]) if self.config.prior else None,
             sizes=torch.tensor([told_sizes(frame, stored, original, target)]),
             condition=self._make(image)[None] if self._make else _stored(members, CONDITION, frame, target),
             mask=_stored(members, MASK, frame, target),

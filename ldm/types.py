@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Conditioning:
     concat: Tensor | None = None
     control: tuple[Tensor, ...] = ()
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same conditioning with `change` applied to every tensor in it."""
 
         def apply(value: Any) -> Any:
@@ -41,9 +41,9 @@ class Conditioning:
                 return tuple(change(v) for v in value)
             return None if value is None else change(value)
 
-        return Conditioning(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+        return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(Conditioning)})
 
-    def __getitem__(self, rows: Any) -> "Conditioning":
+    def __getitem__(self, rows: Any) -> Self:
         """The rows of the batch that `rows` selects (slice, index tensor or boolean mask)."""
         return self.map(lambda t: t[rows])
 

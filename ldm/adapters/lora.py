@@ -8,6 +8,7 @@ W + w (W' - W), where W' is what the adapter was trained to be, DoRA's too.
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,6 +165,20 @@ def _factors(layer: Any) -> Factors:
         # Where both factors are whole there is no rank in the tensors, and their scale is 1 to everybody but peft.
         factors["lokr_w1"] *= layer.scaling[NAME]
     return factors
+
+
+@contextmanager
+def bypassed(component: nn.Module) -> Iterator[None]:
+    """Within the block the component works as before `inject`; gradients and their hooks are left as they are."""
+    _peft()
+    layers = [layer for _, layer in _layers(component)]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True  # its public switch would freeze the adapter too
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def eject(components: Mapping[str, nn.Module]) -> None:

@@ -1,10 +1,11 @@
-"""Runs that hold only what was put on a base model, an adapter or a word: what they keep, and their loading."""
+"""Runs that hold what was put on a base model, an adapter or a word: what they keep, and their loading."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ldm.adapters.adapter import Adapter
 from ldm.adapters.files import native_tensors, read, record_of
@@ -14,10 +15,10 @@ from ldm.checkpoints import textual_inversion
 from ldm.checkpoints.files import save_tensors
 from ldm.checkpoints.load import base_of, find_model, load_model
 from ldm.checkpoints.model import LoadedModel, cast, weights_sha256
-from ldm.checkpoints.textual_inversion import PAIR, SINGLE, TextualInversion
+from ldm.checkpoints.textual_inversion import PAIR, SINGLE, WORD, TextualInversion
 
-ADAPTER, WORD = "adapter.safetensors", "word.safetensors"
-"""Files in the model folder of such a run."""
+ADAPTER = "adapter.safetensors"
+"""In the model folder of such a run; the file of a word is `WORD`."""
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
@@ -39,7 +40,7 @@ def load_tuned(
     ema: bool = False,
     dtype: torch.dtype | None = None,
 ) -> LoadedModel:
-    """As `load_model`, of a run that holds only an adapter or a word too: its base, with that in it.
+    """As `load_model`, of a run that holds an adapter or a word too: its base, or its own model, with that in it.
 
     Raises ValueError if the base is not where it was, or has other weights than the run was trained on, and for `ema`
     of such a run: it keeps one set of weights.
@@ -47,7 +48,9 @@ def load_tuned(
     found = find_model(path)
     base = base_of(found)
     if base is None:
-        return load_model(path, names, prediction=prediction, ema=ema, dtype=dtype)
+        whole = load_model(path, names, prediction=prediction, ema=ema, dtype=dtype)
+        _teach(whole.components, found)
+        return whole
     if ema:
         raise ValueError(f"{found} stands on the model {base['model']} and has no averaged weights beside its own")
     try:
@@ -61,10 +64,15 @@ def load_tuned(
         adapter = read(found / ADAPTER, model.components)
         parts: Mapping[str, Any] = {name: part for name, part in adapter.parts.items() if name in model.components}
         merge(model.components, Adapter(parts, adapter.networks))
-    if (found / WORD).is_file() and "text" in model.components:
-        inversion = textual_inversion.read(found / WORD)
-        teach(model.components["text"], inversion.word, inversion.vectors)
+    _teach(model.components, found)
     for module in model.components.values():
         cast(module, dtype)
     settings = base["settings"]
     return LoadedModel({**model.components}, settings, settings.get("name", model.name), found, notes=model.notes)
+
+
+def _teach(components: Mapping[str, nn.Module], folder: Path) -> None:
+    """Teach the text encoder the word in the folder of a model, if there is one."""
+    if (folder / WORD).is_file() and "text" in components:
+        inversion = textual_inversion.read(folder / WORD)
+        teach(components["text"], inversion.word, inversion.vectors)

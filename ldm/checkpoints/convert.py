@@ -76,6 +76,8 @@ def lost(model: LoadedModel, again: LoadedModel) -> tuple[str, ...]:
             after = {k: after.get(k, v) for k, v in before.items()}
         if before is not None and before != after:
             notes.append(f"the format does not keep {key}: {before!r}")
+    if (model.folder / textual_inversion.WORD).is_file():
+        notes.append(f"the word that it was taught stays a file of its own: {model.folder / textual_inversion.WORD}")
     missing = [name for name in model.extra if name not in again.extra and name not in ("v_pred", "ztsnr")]
     if missing:
         notes.append(f"{len(missing)} tensors that no component uses were left out, such as {missing[0]}")
@@ -154,7 +156,7 @@ def _outputs(module: Any) -> list[Tensor]:
     cond = Conditioning(
         context=noise(1, 7, network.context_dim) if network.context_dim else None,
         pooled=noise(1, pooled) if pooled else None,
-        sizes=torch.tensor([[512, 512, 0, 0, 512, 512]]) if sized else None,
+        sizes=torch.tensor([[512, 512, 0, 0, 512, 512]])[:, : network.sizes] if sized else None,
         label=torch.tensor([classes - 1]) if classes else None,
         control=hint,
     )

@@ -39,12 +39,13 @@ def finetune(
     ] = None,
     out: Annotated[str, typer.Option(help="the folder of the run; run again, it goes on")] = "",
     caption: Annotated[str, typer.Option(help="of pictures that have none: 'photo of sks dog'")] = "",
-    word: Annotated[str, typer.Option(help="textual-inversion: the word that is taught")] = "",
+    word: Annotated[str, typer.Option(help="a word to teach: textual-inversion, or learned with an adapter")] = "",
     class_prompt: Annotated[
         list[str] | None, typer.Option(help="what the subject is one of: 'photo of a dog'; repeat it for more")
     ] = None,
+    class_prompts: Annotated[Path | None, typer.Option(help="a file of such prompts, one a line")] = None,
     class_pictures: Annotated[int, typer.Option(help="how many of those the model draws itself, once")] = 100,
-    prior_weight: Annotated[float, typer.Option(help="how much they count beside the subject")] = 1.0,
+    class_folder: Annotated[str, typer.Option(help="pictures of the class that you have, in place of drawn ones")] = "",
     unrelated: Annotated[
         list[str] | None, typer.Option(help="a prompt of something else, watched for being forgotten; repeat it")
     ] = None,
@@ -67,17 +68,18 @@ def finetune(
     from ldm.training.recipes import UNRELATED, settings_of, steps_of
     from ldm.training.run import cost, describe, main_first
 
-    words, finished = settings_of(method), Path(pictures, INDEX).is_file()
-    if method == "dreambooth" and not class_prompt:
-        raise ValueError("dreambooth needs --class-prompt, what the subject is one of: 'photo of a dog'")
-    if (method == "textual-inversion") != bool(word):
-        raise ValueError("--word is the word that textual-inversion teaches: give both or neither")
+    finished = Path(pictures, INDEX).is_file()
+    if method == "textual-inversion" and not word:
+        raise ValueError("textual-inversion needs --word, the word that it teaches")
     subject = Subject(
-        pictures, caption, conditions, masks, holdout, tuple(class_prompt or ()), class_pictures, prior_weight,
-        tuple(unrelated or UNRELATED),
+        pictures, caption, conditions, masks, holdout, _prompts(class_prompt or [], class_prompts), class_pictures,
+        class_folder, tuple(unrelated or UNRELATED),
     )  # fmt: skip
     if word and not caption and not finished:
         subject = replace(subject, caption=f"a photo of {word}")
+    if method == "dreambooth" and not subject.has_class:
+        raise ValueError("dreambooth needs --class-prompt, what the subject is one of: 'photo of a dog'")
+    words = settings_of(method, word=bool(word), has_class=subject.has_class)
     given = [f"out={_quoted(out or f'runs/{method}-{Path(pictures).resolve().name}')}", f"task.model={_quoted(model)}"]
     given += [f"task.word={_quoted(word)}"] if word else []
     config = _config([*words, *given], settings or [], pictures, steps_of(method))
@@ -108,8 +110,8 @@ def _config(given: list[str], settings: list[str], pictures: str, length: int) -
     from ldm.training.run import RunConfig
 
     config = load_config(RunConfig, [], [*given, f"data.path={_quoted(pictures)}", *settings])
-    if config.data.path != pictures or config.data.repeats or config.data.weights:
-        raise ValueError("data.path, data.repeats and data.weights follow from PICTURES: leave them out")
+    if config.data.path != pictures or config.data.repeats or config.data.weights or config.data.prior:
+        raise ValueError("data.path, repeats, weights and prior follow from PICTURES and the class: leave them out")
     said = {setting.partition("=")[0] for setting in settings}
     changes: dict[str, Any] = {} if "samples" in said else {"samples": length * config.batch_size}
     every = max(1, changes.get("samples", config.samples) // config.batch_size // LOOKS)
@@ -128,6 +130,18 @@ def _config(given: list[str], settings: list[str], pictures: str, length: int) -
     return config
 
 
+def _prompts(given: list[str], file: Path | None) -> tuple[str, ...]:
+    """Those that are given, and those of the file's lines. Raises ValueError for a file that has none."""
+    if file is None:
+        return tuple(given)
+    if not file.is_file():
+        raise ValueError(f"--class-prompts {file} is no file")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    if not any(lines):
+        raise ValueError(f"--class-prompts {file} has no prompts: write one a line")
+    return (*given, *filter(None, lines))
+
+
 def _quoted(text: str) -> str:
     """The text as a string of YAML, whatever it holds."""
     return json.dumps(text, ensure_ascii=False)  # of an escaped emoji YAML reads two halves
@@ -135,6 +149,8 @@ def _quoted(text: str) -> str:
 
 def _check(method: str, config: "RunConfig", subject: "Subject", kind: str) -> None:
     """Raise ValueError for what does not go together. kind: of the base."""
+    from ldm.training.methods import PARTIAL
+
     tuned = _task(config).method
     edits = tuned == "instruct" or kind == "editing"
     if edits and not (subject.conditions or config.data.condition):
@@ -143,6 +159,8 @@ def _check(method: str, config: "RunConfig", subject: "Subject", kind: str) -> N
         raise ValueError(
             f"--conditions are for controlnet, t2i-adapter, instruct and models for editing, not for {method}"
         )
+    if subject.has_class and tuned in PARTIAL and tuned != "adapter":
+        raise ValueError(f"{method} leaves the base as it is, and nothing is forgotten: leave the class out")
     if subject.class_prompts and kind == "editing":
         raise ValueError("--class-prompt is drawn by the base, and this one, for editing, draws nothing by itself")
     if subject.holdout is not None and config.validation:

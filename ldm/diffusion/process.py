@@ -40,6 +40,23 @@ published flow models of Stability AI and Black Forest Labs were sampled."""
 More = Callable[[str, tuple[int, ...]], Tensor]
 """(purpose, shape) -> standard normal [B, *shape], each sample's from its own seed."""
 
+Instead = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t [B, C, H, W], t [B], the target of each [B, C, H, W]) -> what the network is to say instead, same shape."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a loss asks of the network, where that is not the target in all pixels alike; with objective simple alone.
+
+    mask [B, 1, H, W] in [0, 1]: how much each pixel counts in the mean over a sample.
+    """
+
+    mask: Tensor | None = None
+    instead: Instead | None = None
+
+    def __bool__(self) -> bool:
+        return self.mask is not None or self.instead is not None
+
 
 @dataclass(frozen=True)
 class DiffusionConfig:
@@ -155,27 +172,30 @@ class Diffusion:
         noise: Tensor,
         u: Tensor,
         more: More | None = None,
-        mask: Tensor | None = None,
+        aim: Aim = Aim(),
     ) -> Tensor:
         """The loss of each sample, the mean over its values: x0, noise [B, C, H, W], u [B] -> [B].
 
         `noise` is standard normal, `u` uniform in [0, 1). The caller draws both, from each sample's own seed, and
-        with `more(purpose, shape)` what coupling, noise_offset and input_perturbation need besides. mask [B, 1, H, W]
-        in [0, 1]: how much each pixel counts in that mean; with objective simple alone, else ValueError.
+        with `more(purpose, shape)` what coupling, noise_offset and input_perturbation need besides. Raises ValueError
+        for an aim with another objective than simple.
         """
         config, level, channels = self.config, self.levels(u), x0.shape[1]
-        if mask is not None and config.objective != "simple":
-            raise ValueError(f"a mask of the loss needs objective 'simple', not {config.objective!r}")
+        if aim and config.objective != "simple":
+            raise ValueError(f"a mask, or another aim, of the loss needs objective 'simple', not {config.objective!r}")
         noise = self._noise(x0, noise, more)
         x = self.add_noise(x0, noise, level)
         if config.input_perturbation:
             assert more is not None
             extra = more("input perturbation", tuple(x0.shape[1:])).to(x)
             x = x + level.like(x0).sigma * config.input_perturbation * extra
-        output = denoiser(x, _told(level, x0), cond)
+        t, wanted = _told(level, x0), target(self.prediction, x0, noise, level)
+        if aim.instead is not None:
+            wanted = aim.instead(x, t, wanted)
+        output = denoiser(x, t, cond)
         predicted, v = output[:, :channels], output[:, channels:] if config.variance == "learned_range" else None
-        error = predicted - target(self.prediction, x0, noise, level)
-        each = _mean(squared_or_huber(error, config.huber), mask)
+        error = predicted - wanted
+        each = _mean(squared_or_huber(error, config.huber), aim.mask)
         simple = self.weight(level).to(each) * each
         if config.objective == "simple":
             return simple

@@ -13,7 +13,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.precompute import TEXT
 from ldm.checkpoints.load import load_model
-from ldm.diffusion.process import Diffusion, DiffusionConfig
+from ldm.diffusion.process import Aim, Diffusion, DiffusionConfig, Instead
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.mmdit import MMDiT, MMDiTConfig
@@ -130,7 +130,7 @@ class LatentTask(Task):
         for part, levels in zip(parts, u.split([len(part) for part in parts]), strict=True):
             random = SampleRandomness(self.seed, part.positions, part.image.device)
             latent, cond = self._encode(part, random, dropout=0.0)
-            found.append(self._diffused(latent, cond, random, levels, part.mask))
+            found.append(self._diffused(part, latent, cond, random, levels))
         loss = torch.cat(found)
         fifths = loss[self.diffusion.for_size(*latent.shape[-2:]).levels(u).t.argsort(stable=True)].tensor_split(5)
         split = {f"loss/{k}": fifth.mean() for k, fifth in enumerate(fifths)} if len(batch) >= 5 else {}
@@ -178,25 +178,31 @@ class LatentTask(Task):
         latent, cond = self._encode(batch, random, self.about.dropout)
         u = random.uniform("timestep")
         if not self.remembered:
-            return self._diffused(latent, cond, random, u, batch.mask)
+            return self._diffused(batch, latent, cond, random, u)
         u, weight = self.importance.draw(u, step)
-        loss = self._diffused(latent, cond, random, u, batch.mask)
+        loss = self._diffused(batch, latent, cond, random, u)
         self.importance.learn(u, loss)
         return weight * loss
 
     def _diffused(
-        self, latent: Tensor, cond: Conditioning, random: SampleRandomness, u: Tensor, mask: Tensor | None
+        self, batch: Batch, latent: Tensor, cond: Conditioning, random: SampleRandomness, u: Tensor
     ) -> Tensor:
         noise = random.normal("noise", tuple(latent.shape[1:]))
         diffusion = self.diffusion.for_size(*latent.shape[-2:])
         network = getattr(self, self.trained[0])
+        mask = batch.mask
         if mask is not None:  # a latent pixel counts as much as the pixels it stands for, in the mean
             mask = F.adaptive_avg_pool2d(mask, (latent.shape[-2], latent.shape[-1]))
-        return diffusion.loss(network, latent, cond, noise=noise, u=u, more=random.normal, mask=mask)
+        aim = Aim(mask, self._instead(batch, cond))
+        return diffusion.loss(network, latent, cond, noise=noise, u=u, more=random.normal, aim=aim)
+
+    def _instead(self, batch: Batch, cond: Conditioning) -> Instead | None:
+        """What the denoiser is to say of these samples, where that is not what the noise tells."""
+        return None
 
     @torch.no_grad()
     def _encode(self, batch: Batch, random: SampleRandomness, dropout: float) -> tuple[Tensor, Conditioning]:
-        cond = self._told(batch, self._dropped(random, dropout))
+        cond = self._told(batch, self._dropped(batch, random, dropout))
         if batch.moments is None:
             height, width = (side // self.autoencoder.factor for side in batch.image.shape[-2:])
         else:
@@ -215,7 +221,7 @@ class LatentTask(Task):
                 log.warning("%s", warning)
         return latent, self._shown(batch, cond, random, dropout)
 
-    def _dropped(self, random: SampleRandomness, dropout: float) -> list[bool]:
+    def _dropped(self, batch: Batch, random: SampleRandomness, dropout: float) -> list[bool]:
         """[B]: whose captions are dropped, which happens with that probability."""
         return [u < dropout for u in random.fractions("caption dropout")]
 

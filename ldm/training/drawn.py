@@ -25,7 +25,6 @@ class DrawnConfig:
     prompts: tuple[str, ...]
     count: int
     size: int  # px a side
-    weight: float = 1.0  # of each picture in a loss
     steps: int = 30
     guidance: float = 4.0
 
@@ -62,9 +61,8 @@ class DrawnSource:
             width=config.size,
             height=config.size,
         )
-        meta = {"weight": config.weight}
         return {
-            row: Sample(self.name(row), to_pil(picture), (prompt,), meta)
+            row: Sample(self.name(row), to_pil(picture), (prompt,), {})
             for row, prompt, picture in zip(rows, prompts, self.pipeline(request), strict=True)
         }
 

@@ -1,41 +1,41 @@
 """Fine-tuning: a finished model, or something small put on it, learns from a few pictures."""
 
-import math
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, sample_rng
 from data_pipeline.config import DataConfig
 from data_pipeline.masks import random_mask
 from ldm.adapters.adapter import Adapter
-from ldm.adapters.lora import adapter_of, inject
+from ldm.adapters.lora import adapter_of, bypassed, inject
 from ldm.adapters.textual_inversion import teach
-from ldm.adapters.tuned import ADAPTER, WORD, save_adapter, save_word
+from ldm.adapters.tuned import ADAPTER, save_adapter, save_word
 from ldm.checkpoints.load import load_model, save_model
 from ldm.checkpoints.model import weights_sha256
-from ldm.checkpoints.textual_inversion import TextualInversion
-from ldm.diffusion.process import DiffusionConfig
+from ldm.checkpoints.textual_inversion import WORD, TextualInversion
+from ldm.diffusion.process import DiffusionConfig, Instead
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.controlnet import Controlled, ControlNet, ControlNetConfig
-from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
-from ldm.models.text import TextEncoder, TextPair
+from ldm.models.controlnet import Controlled, ControlNet
+from ldm.models.t2i_adapter import T2IAdapter
 from ldm.models.unet import UNet
 from ldm.nn.transfer import to_device
 from ldm.pipeline import Control, Given, Request
 from ldm.pipeline.inputs import around_the_mask
+from ldm.training.additions import begun, controlnet_for, t2i_adapter_for, wider
 from ldm.training.denoising import LatentTask
 from ldm.training.joint_text import JointDenoiser, TaughtDenoiser
-from ldm.training.methods import CONTROLS, HELD, PARTIAL, FinetuningTaskConfig
-from ldm.training.quantize import quantize
+from ldm.training.methods import CONTROLS, HELD, PARTIAL, PREDICTION, FinetuningTaskConfig
+from ldm.training.quantize import hold, quantize
 from ldm.training.randomness import SampleRandomness
-from ldm.training.tasks import bare
+from ldm.training.tasks import bare, freeze
 from ldm.types import Conditioning
 
 PARTS = ("autoencoder", "text", "denoiser")
@@ -43,18 +43,21 @@ VALIDATED = 4
 """Samples that are validated together: as few as fit wherever a large model is tuned."""
 PREVIEWED = 4
 """Pictures of the data that the previews of a model which goes by one show."""
-HINT_WIDTHS = (16, 32, 96, 256)
-"""Of the network that a ControlNet reads its hint with (Zhang et al. 2023), one more than its halvings."""
+UNTOLD = 0.1
+"""Share of the captions of what the base knows that are dropped, where it says itself what is right."""
 
 
 class FinetuningTask(LatentTask):
     """A base model of which all, or a part that is added to it, learns; the loss is that of any denoiser.
 
-    full: the denoiser (and the text encoder). adapter: small matrices beside its own (Hu et al. 2022).
-    textual_inversion: the vectors of a new word (Gal et al. 2023). controlnet: a copy of the encoder that hears a
-    picture (Zhang et al. 2023). t2i_adapter: a small network that does (Mou et al. 2023). inpainting: the denoiser,
-    told which pixels it is to draw and what the others are (Rombach et al. 2022, sec. 4.5). instruct: the denoiser,
-    told the picture to edit (Brooks et al. 2023).
+    full: the denoiser (and the text encoder). adapter: small matrices beside its own (Hu et al. 2022). Both: and the
+    vectors of a new word, where one is given. textual_inversion: such vectors alone (Gal et al. 2023). controlnet: a
+    copy of the encoder that hears a picture (Zhang et al. 2023). t2i_adapter: a small network that does (Mou et al.
+    2023). inpainting: the denoiser, told which pixels it is to draw and what the others are (Rombach et al. 2022, sec.
+    4.5). instruct: the denoiser, told the picture to edit (Brooks et al. 2023).
+
+    Samples that show what the base knows (Ruiz et al. 2023, sec. 3.2) may teach what it says of them itself, at their
+    noise, in place of what they are: no noise is in that, and a model that has forgotten nothing learns nothing.
     """
 
     def __init__(self, config: FinetuningTaskConfig, *, size: int, seed: int) -> None:
@@ -74,85 +77,96 @@ class FinetuningTask(LatentTask):
         self._check_told()
         {
             "adapter": self._adapter,
-            "textual_inversion": self._textual_inversion,
+            "textual_inversion": self._read,
             "controlnet": self._controlnet,
             "t2i_adapter": self._t2i_adapter,
         }.get(config.method, self._full)()
         if config.held != "float32":
-            self._hold(HELD[config.held])
+            hold(self.denoiser, HELD[config.held])
+        self.before: nn.Module | None = None
+        if config.prior == PREDICTION and config.method == "full":
+            self.before = freeze(deepcopy(getattr(self, self.trained[0])))
         if self.reads and self.null_prompt is None and config.dropout:
             raise ValueError("this model is told zeros where it is told nothing, which no encoder says: task.dropout=0")
 
     def _full(self) -> None:
         self.denoiser.requires_grad_(True)
-        if self.config.train_text:
-            self.text.requires_grad_(True)
-            self._read(JointDenoiser(self.text, self.denoiser))
+        self.text.requires_grad_(self.config.train_text)
+        if self.config.train_text or self.config.word:
+            self._read()
 
     def _adapter(self) -> None:
-        adapter = self.config.adapter
-        if self.config.quantize:
-            quantize(self.denoiser, self.config.quantize)
-        inject({"denoiser": self.denoiser} | ({"text": self.text} if adapter.text else {}), adapter)
-        if adapter.text:
-            self._read(JointDenoiser(self.text, self.denoiser))
-
-    def _textual_inversion(self) -> None:
         config = self.config
-        towers = [self.text.first, self.text.second] if isinstance(self.text, TextPair) else [self.text]
-        vectors = [started(tower, config.initial, config.vectors) for tower in towers]
-        teach(self.text, config.word, vectors)
-        self._read(TaughtDenoiser(self.text, self.denoiser, vectors))
+        if config.quantize:
+            quantize(self.denoiser, config.quantize)
+        inject({"denoiser": self.denoiser} | ({"text": self.text} if config.adapter.text else {}), config.adapter)
+        if config.adapter.text or config.word:
+            self._read()
 
-    def _read(self, joint: JointDenoiser) -> None:
-        """Have the prompts read in the pass of what is trained, so that their reading can learn."""
-        self.joint, self.trained, self.reads = joint, ("joint",), True
+    def _read(self) -> None:
+        """Have the prompts read in the pass of what is trained, so that their reading, or a word, can learn."""
+        config = self.config
+        self.trained, self.reads = ("joint",), True
+        if not config.word:
+            self.joint = JointDenoiser(self.text, self.denoiser)
+            return
+        vectors = begun(self.text, config.initial, config.vectors)
+        teach(self.text, config.word, vectors)
+        self.joint = TaughtDenoiser(self.text, self.denoiser, vectors)
 
     def _controlnet(self) -> None:
-        unet, halvings = self._unet(), int(math.log2(self.autoencoder.factor))
-        widths = (HINT_WIDTHS + HINT_WIDTHS[-1:] * halvings)[: halvings + 1]
-        control = ControlNet(ControlNetConfig(unet=unet.config, hint_widths=widths))
-        control.copy_encoder(unet)
-        self._control(unet, control)
+        self._control(controlnet_for(self._unet(), self.autoencoder.factor))
 
     def _t2i_adapter(self) -> None:
-        unet = self._unet()
-        channels = tuple(unet.config.channels * m for m in unet.config.multipliers)
-        self._control(unet, T2IAdapter(T2IAdapterConfig(channels=channels, factor=self.autoencoder.factor)))
+        self._control(t2i_adapter_for(self._unet(), self.autoencoder.factor))
 
-    def _control(self, unet: UNet, control: ControlNet | T2IAdapter) -> None:
+    def _control(self, control: ControlNet | T2IAdapter) -> None:
         if self._extra():
             raise ValueError(f"task.method={self.config.method} steers a plain model; {self.config.model} is told more")
-        self.controlled, self.trained = Controlled(unet, control), ("controlled",)
+        self.controlled, self.trained = Controlled(self._unet(), control), ("controlled",)
 
     def _widen(self, more: int) -> None:
-        """Have a U-Net that takes so many further channels, which say nothing yet: their weights are zero."""
         unet = self._unet()
         if self._extra():
             raise ValueError(f"{self.config.model} takes {unet.config.in_channels} channels: give what it was made of")
-        wider = UNet(replace(unet.config, in_channels=unet.config.in_channels + more))
-        tensors = unet.state_dict()
-        tensors["conv_in.weight"] = F.pad(tensors["conv_in.weight"], (0, 0, 0, 0, 0, more))
-        wider.load_state_dict(tensors)
-        self.denoiser = wider.eval()
-
-    def _hold(self, dtype: torch.dtype) -> None:
-        """Have the frozen denoiser's kernels in 16 bits: autocast rounds them so anyway, in every pass."""
-        for layer in self.denoiser.modules():
-            for parameter in layer.parameters(recurse=False) if isinstance(layer, nn.Linear | nn.Conv2d) else ():
-                if parameter.dtype == torch.float32 and not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
+        self.denoiser = wider(unet, more)
 
     def _computing(self, device: torch.device) -> AbstractContextManager[object]:
         """Within the block the denoiser works, whatever its weights are held in."""
         held = HELD[self.config.held]
         return nullcontext() if held == torch.float32 else torch.autocast(device.type, dtype=held)
 
+    def _loss(self, batch: Batch, step: int) -> Tensor:
+        loss = super()._loss(batch, step)
+        if batch.prior is None:
+            return loss
+        return loss * to_device(torch.where(batch.prior, self.config.prior_weight, 1.0), loss.device)
+
     def _diffused(
-        self, latent: Tensor, cond: Conditioning, random: SampleRandomness, u: Tensor, mask: Tensor | None
+        self, batch: Batch, latent: Tensor, cond: Conditioning, random: SampleRandomness, u: Tensor
     ) -> Tensor:
         with self._computing(latent.device):
-            return super()._diffused(latent, cond, random, u, mask)
+            return super()._diffused(batch, latent, cond, random, u)
+
+    def _instead(self, batch: Batch, cond: Conditioning) -> Instead | None:
+        if batch.prior is None or not batch.prior.any() or self.config.prior != PREDICTION:
+            return None
+        known = batch.prior.nonzero()[:, 0]
+
+        def said(x: Tensor, t: Tensor, target: Tensor) -> Tensor:
+            rows = to_device(known, x.device)
+            with torch.no_grad(), self._as_it_was() as network:
+                answer = network(x[rows], t[rows], cond[rows])
+            return target.index_copy(0, rows, answer[:, : target.shape[1]].to(target))
+
+        return said
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[nn.Module]:
+        """Within the block, what is trained, as it was before."""
+        network = bare(getattr(self, self.trained[0]))
+        with nullcontext() if self.before else bypassed(network):
+            yield self.before or network
 
     def _unet(self) -> UNet:
         if not isinstance(self.denoiser, UNet):
@@ -197,12 +211,16 @@ class FinetuningTask(LatentTask):
             )
         if self._extra() > self.autoencoder.latent_channels and config.caches:
             raise ValueError("inpainting encodes pictures with holes, which no cache holds: leave data.cache out")
-        if config.mask and self.diffusion.config.objective != "simple":
-            raise ValueError("data.mask needs another objective than this model's: task.diffusion.objective=simple")
+        aimed = config.prior and self.config.prior == PREDICTION
+        if (config.mask or aimed) and self.diffusion.config.objective != "simple":
+            what = "data.mask" if config.mask else "task.prior=prediction"
+            raise ValueError(f"{what} needs another objective than this model's: task.diffusion.objective=simple")
 
-    def _dropped(self, random: SampleRandomness, dropout: float) -> list[bool]:
+    def _dropped(self, batch: Batch, random: SampleRandomness, dropout: float) -> list[bool]:
         share = 2 * dropout if self._edits else dropout
-        return [u < share for u in random.fractions("caption dropout")]
+        prior = [False] * len(batch) if batch.prior is None or self.config.prior != PREDICTION else batch.prior.tolist()
+        drawn = zip(random.fractions("caption dropout"), prior, strict=True)
+        return [u < (UNTOLD if kept else share) for u, kept in drawn]
 
     def _shown(self, batch: Batch, cond: Conditioning, random: SampleRandomness, dropout: float) -> Conditioning:
         extra, latent = self._extra(), self.autoencoder.latent_channels
@@ -296,14 +314,14 @@ class FinetuningTask(LatentTask):
 
     def save(self, folder: Path, settings: dict[str, Any], name: str) -> None:
         config = self.config
-        if not self.partial:
+        if self.partial:
+            control = {"controlnet": self.controlled_by()} if config.method in CONTROLS else {}
+            save_model(folder, control, settings, name)
+        else:
             super().save(folder, settings, name)
-            return
-        control = {"controlnet": self.controlled_by()} if config.method in CONTROLS else {}
-        save_model(folder, control, settings, name)
         if config.method == "adapter":
             save_adapter(self.adapter(), folder / ADAPTER)
-        elif config.method == "textual_inversion":
+        if config.word:
             save_word(self.inversion(), folder / WORD)
 
     def controlled_by(self) -> nn.Module:
@@ -319,17 +337,6 @@ class FinetuningTask(LatentTask):
         """The word as it is now, on the CPU."""
         vectors = bare(self.joint).vectors
         return TextualInversion(self.config.word, tuple(v.detach().float().cpu().clone() for v in vectors))
-
-
-def started(tower: nn.Module, initial: str, count: int) -> nn.Parameter:
-    """`count` vectors of the words' tokens, in order and again from the first, to learn. Raises ValueError."""
-    if not isinstance(tower, TextEncoder):
-        raise ValueError("task.method=textual_inversion is for CLIP's text encoders, which this model does not have")
-    tokens = tower.tokenize.bpe.encode(initial)
-    if not tokens:
-        raise ValueError(f"task.initial={initial!r} has no words to start from")
-    rows = [tokens[i % len(tokens)] for i in range(count)]
-    return nn.Parameter(tower.tower.token_embedding.weight.detach()[rows].clone())
 
 
 def _noise(settings: dict[str, Any], config: FinetuningTaskConfig) -> DiffusionConfig:

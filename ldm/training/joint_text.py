@@ -16,6 +16,10 @@ class Unread(Conditioning):
 
     prompts: tuple[str, ...] = ()
 
+    def __getitem__(self, rows: Tensor) -> "Unread":
+        """Those rows [n] of the batch."""
+        return replace(super().__getitem__(rows), prompts=tuple(self.prompts[row] for row in rows.tolist()))
+
 
 class JointDenoiser(nn.Module):
     """A text encoder and a denoiser as one network, with one optimizer, average and DDP wrapper."""
@@ -33,7 +37,7 @@ class JointDenoiser(nn.Module):
 
 
 class TaughtDenoiser(JointDenoiser):
-    """The same, both frozen, with the vectors of a word that the text encoder was taught, which alone learn."""
+    """The same, with the vectors of a word that the text encoder was taught, which learn."""
 
     def __init__(self, text: nn.Module, denoiser: nn.Module, vectors: Sequence[nn.Parameter]) -> None:
         super().__init__(text, denoiser)

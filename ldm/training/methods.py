@@ -14,6 +14,8 @@ METHODS = ("full", "adapter", "textual_inversion", "controlnet", "t2i_adapter", 
 CONTROLS = ("controlnet", "t2i_adapter")
 PARTIAL = ("adapter", "textual_inversion", *CONTROLS)
 """Methods whose checkpoints hold what was added to the base, and not the base."""
+PREDICTION, PICTURE = "prediction", "picture"
+PRIORS = (PREDICTION, PICTURE)
 HELD = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,9 +30,11 @@ class FinetuningTaskConfig(LatentTaskConfig):
     quantize: str = ""  # adapter: its base's linear layers in nf4 (QLoRA) or int8; needs bitsandbytes; "" as they are
     held: str = "float32"  # what the frozen base's weights are kept in; or bf16, fp16 where precision is that
     train_text: bool = False  # full: the text encoder learns too
-    word: str = ""  # textual_inversion: the word that is taught
-    vectors: int = 1  # textual_inversion: tokens that the word stands for
-    initial: str = "*"  # textual_inversion: words whose tokens it starts from, again and again where they are fewer
+    word: str = ""  # textual_inversion; with full and adapter if wanted: the word that is taught
+    vectors: int = 1  # tokens that the word stands for
+    initial: str = "*"  # words whose tokens it starts from, again and again where they are fewer
+    prior: str = "picture"  # what the samples that data.prior marks teach: picture, as any | prediction, the base's own
+    prior_weight: float = 1.0  # how much such a sample counts (Ruiz et al. 2023, eq. 2: lambda)
     diffusion: dict[str, Any] = field(default_factory=dict)  # what of the base's noise is another in this training
     unrelated: tuple[str, ...] = ()  # prompts that the previews show beside `previews`, one each
 
@@ -45,8 +49,15 @@ class FinetuningTaskConfig(LatentTaskConfig):
             raise ValueError("task.quantize goes with task.method=adapter of the kind lora, whose base stays as it is")
         if self.train_text and self.method != "full":
             raise ValueError(f"task.train_text goes with task.method=full, not {self.method}")
-        if (self.method == "textual_inversion") != bool(self.word):
-            raise ValueError("task.word is the word that task.method=textual_inversion teaches: give both or neither")
+        known("task.prior", self.prior, PRIORS)
+        if self.prior == PREDICTION and self.method not in ("full", "adapter"):
+            raise ValueError(f"task.prior=prediction goes with task.method=full or adapter, not {self.method}")
+        if not 0 <= self.prior_weight < float("inf"):
+            raise ValueError(f"task.prior_weight must be 0 or more, not {self.prior_weight}")
+        if self.word and self.method not in ("full", "adapter", "textual_inversion"):
+            raise ValueError(f"task.word goes with task.method=full, adapter or textual_inversion, not {self.method}")
+        if self.method == "textual_inversion" and not self.word:
+            raise ValueError("task.method=textual_inversion teaches a word: give it as task.word")
         if self.vectors < 1:
             raise ValueError(f"task.vectors must be at least 1, not {self.vectors}")
         if self.unrelated and len(self.unrelated) != len(self.previews):

@@ -1,6 +1,7 @@
 """What a fine-tuning run stands on besides its model, made before it begins: shards, drawn pictures, latents."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ from data_pipeline.precompute import CacheKey
 from data_pipeline.prepare import PrepareConfig, prepare_folder
 from data_pipeline.reader import ShardReader
 from ldm.checkpoints.load import load_model
+from ldm.checkpoints.textual_inversion import WORD
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.pipeline.inputs import kind_of
 from ldm.training.drawn import DrawnConfig, draw
@@ -31,9 +33,9 @@ KEPT = 16
 class Subject:
     """What is learned. pictures: a folder of them, or of shards; caption: of those that have none.
 
-    conditions, masks, holdout: see PrepareConfig. class_prompts: what the subject is one of; class_pictures in all are
-    drawn and trained on as often as the subject, at prior_weight (Ruiz et al. 2023, eq. 2). unrelated: prompts of
-    what is not to be forgotten.
+    conditions, masks, holdout: see PrepareConfig. class_prompts: what the subject is one of, and whatever else is not
+    to be forgotten; class_pictures in all are drawn, or those of class_folder taken, and trained on as often as the
+    subject (Ruiz et al. 2023, eq. 2). unrelated: prompts of what is watched for being forgotten.
     """
 
     pictures: str
@@ -43,17 +45,19 @@ class Subject:
     holdout: float | None = None
     class_prompts: tuple[str, ...] = ()
     class_pictures: int = 100
-    prior_weight: float = 1.0
+    class_folder: str = ""
     unrelated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.class_pictures < 1 or not 0 <= self.prior_weight < float("inf"):
-            raise ValueError(
-                f"class pictures must be 1 or more and their weight 0 or more, not {self.class_pictures} and "
-                f"{self.prior_weight}"
-            )
-        if self.class_prompts and (self.masks or self.conditions):
-            raise ValueError("masks and conditions are of the subject alone: leave them out, or the class prompt")
+        if self.class_pictures < 1:
+            raise ValueError(f"class pictures must be 1 or more, not {self.class_pictures}")
+        if self.has_class and (self.masks or self.conditions):
+            raise ValueError("masks and conditions are of the subject alone: leave them out, or the class")
+
+    @property
+    def has_class(self) -> bool:
+        """Whether pictures of its class are trained on beside it."""
+        return bool(self.class_prompts or self.class_folder)
 
 
 def prepare(subject: Subject, data: DataConfig, batch_size: int, out: Path) -> tuple[DataConfig, str]:
@@ -62,10 +66,9 @@ def prepare(subject: Subject, data: DataConfig, batch_size: int, out: Path) -> t
     Raises ValueError for a folder that cannot be trained on.
     """
     assert data.size is not None
-    keep_shape = data.buckets or data.crops != 1
     config = PrepareConfig(
         size=data.size,
-        keep_shape=keep_shape,
+        keep_shape=_keeps_shape(data),
         caption=subject.caption,
         conditions=subject.conditions,
         masks=subject.masks,
@@ -84,23 +87,26 @@ def prepare(subject: Subject, data: DataConfig, batch_size: int, out: Path) -> t
 
 
 def with_class(subject: Subject, model: str, data: DataConfig, out: Path, guidance: float) -> DataConfig:
-    """The data with as many samples of the subject's class, which the model draws itself, in every even batch."""
-    if not subject.class_prompts:
+    """The data with as many samples of the subject's class in every even batch, given or drawn by the model itself."""
+    if not subject.has_class:
         return data
     assert data.size is not None
-    drawn = DrawnConfig(
-        model,
-        subject.class_prompts,
-        subject.class_pictures,
-        data.size,
-        weight=subject.prior_weight,
-        guidance=guidance,
+    if subject.class_folder:
+        caption = subject.class_prompts[0] if subject.class_prompts else ""
+        config = PrepareConfig(data.size, _keeps_shape(data), caption, holdout=0, workers=data.workers)
+        found = prepare_folder(subject.class_folder, out / "class", config)
+        paths, repeats = found.folders, found.repeats
+    else:
+        drawn = DrawnConfig(model, subject.class_prompts, subject.class_pictures, data.size, guidance=guidance)
+        log.info("drawing %d pictures of %s", drawn.count, _listed(drawn.prompts))
+        paths, repeats = (draw(drawn, out / _named("class", drawn)),), (1.0,)
+    often = _epoch(data.paths, data.repeats) / _epoch(paths, repeats)
+    return replace(
+        data,
+        path=[*data.paths, *paths],
+        repeats=(*data.repeats, *(float(Fraction(r) * often) for r in repeats)),
+        prior=(False,) * len(data.paths) + (True,) * len(paths),
     )
-    log.info("drawing %d pictures of %s", drawn.count, ", ".join(map(repr, subject.class_prompts)))
-    path = draw(drawn, out / _named("class", drawn))
-    often = sum(Fraction(r) * len(ShardReader(p)) for p, r in zip(data.paths, data.repeats, strict=True))
-    repeats = (*data.repeats, float(often / drawn.count))
-    return replace(data, path=[*data.paths, path], repeats=repeats)
 
 
 def forgetting(subject: Subject, model: str, size: int, out: Path, guidance: float) -> str:
@@ -112,7 +118,10 @@ def forgetting(subject: Subject, model: str, size: int, out: Path, guidance: flo
 
 def kind_of_base(model: str) -> str:
     """What the model is shown besides latents: see `kind_of`. Raises ValueError for one that cannot be tuned."""
-    autoencoder, _, denoiser = load_model(model, PARTS).require(*PARTS)
+    found = load_model(model, PARTS)
+    autoencoder, _, denoiser = found.require(*PARTS)
+    if (found.folder / WORD).is_file():
+        log.warning("%s was taught a word, which is text like any other in this training", found.folder)
     return kind_of(denoiser, autoencoder)
 
 
@@ -141,16 +150,31 @@ def cached(task: FinetuningTaskConfig, data: DataConfig, out: Path) -> DataConfi
     if not isinstance(autoencoder, AutoencoderKL) or channels > 2 * autoencoder.latent_channels:  # it sees holes
         return data
     varied = bool(data.templates or data.shuffle_tags or data.tag_dropout)
-    reads = task.train_text or task.adapter.text or task.method == "textual_inversion"
+    reads = task.train_text or task.adapter.text or task.word
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = None if varied or reads else text.to(device)
     log.info("encoding the pictures, once%s", "" if encoder is None else ", and their captions")
     caches = []
     for path, reader in zip(data.paths, open_data(data), strict=True):
-        alone = replace(data, path=path, repeats=(), weights=(), condition="", mask="")
+        alone = replace(data, path=path, repeats=(), weights=(), prior=(), condition="", mask="")
         caches.append(str(out / _named("latents", key_of(reader, alone, autoencoder, encoder))))
         encode(alone, autoencoder.to(device), encoder, caches[-1])
     return replace(data, cache=caches)
+
+
+def _keeps_shape(data: DataConfig) -> bool:
+    """Whether pictures are stored whole: cut into squares they would not do for what the data asks."""
+    return data.buckets or data.crops != 1
+
+
+def _epoch(paths: Sequence[str], repeats: Sequence[float]) -> Fraction:
+    """The samples in an epoch of these folders."""
+    return sum((Fraction(r) * len(ShardReader(p)) for p, r in zip(paths, repeats, strict=True)), Fraction())
+
+
+def _listed(prompts: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, prompts[:3]))
+    return f"{shown} and {len(prompts) - 3} more" if len(prompts) > 3 else shown
 
 
 def _named(what: str, decisive: DrawnConfig | CacheKey) -> str:

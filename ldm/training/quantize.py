@@ -1,7 +1,8 @@
-"""A frozen base in 4 or 8 bits, with an adapter in float32 on it (Dettmers et al. 2023, QLoRA)."""
+"""What a frozen base's weights are kept in: 16 bits, or 4 or 8 below an adapter (Dettmers et al. 2023, QLoRA)."""
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ldm.training.optim import import_bitsandbytes
@@ -40,3 +41,11 @@ def _quantized(bitsandbytes: Any, layer: nn.Linear, form: str) -> nn.Module:
         made = bitsandbytes.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False)
     made.load_state_dict(layer.state_dict())
     return made.to(layer.weight.device).requires_grad_(False)  # it is quantised by its first move to a device
+
+
+def hold(network: nn.Module, dtype: torch.dtype) -> None:
+    """Have a network's frozen kernels in 16 bits: autocast rounds them so anyway, in every pass."""
+    for layer in network.modules():
+        for parameter in layer.parameters(recurse=False) if isinstance(layer, nn.Linear | nn.Conv2d) else ():
+            if parameter.dtype == torch.float32 and not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)

@@ -49,10 +49,22 @@ UNRELATED = (
 """Prompts that no subject is in: what a model draws of them, before and after, tells what it has forgotten."""
 
 
-def settings_of(method: str) -> list[str]:
-    """The method's recipe as words for the config of a run, all but its length. Raises ValueError for no method."""
+WORD_RATE = 2e-3
+"""At which the vectors of a word learn beside something else: less than alone, as they need not do it all."""
+
+
+def settings_of(method: str, *, word: bool = False, has_class: bool = False) -> list[str]:
+    """The method's recipe as words for the config of a run, all but its length. Raises ValueError for no method.
+
+    word: whether one is taught. has_class: whether pictures of the subject's class are trained on as well.
+    """
     task, lr, batch_size, _, dropout, _ = RECIPES[known("method", method, RECIPES)]
     own = [f"task.dropout={dropout}", f"batch_size={batch_size}", f"optimizer.lr={lr}"]
+    with_more = task[0] in ("method=full", "method=adapter")
+    if word and with_more:
+        own.append(f"optimizer.groups=[{{match: vectors, lr_scale: {WORD_RATE / lr:g}, weight_decay: 0}}]")
+    if has_class and with_more:
+        own.append("task.prior=prediction")
     return [
         "task.kind=finetuning", *(f"task.{word}" for word in task), *own,
         "optimizer.schedule=constant", "ema=0.99", "best=true",

@@ -9,11 +9,12 @@ from typing import Any
 from ldm.adapters import files
 from ldm.adapters.adapter import Adapter
 from ldm.adapters.facts import metadata
-from ldm.adapters.tuned import ADAPTER, WORD
+from ldm.adapters.tuned import ADAPTER
 from ldm.checkpoints import textual_inversion
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.files import newest_valid, sha256
 from ldm.checkpoints.load import base_of
+from ldm.checkpoints.textual_inversion import WORD, TextualInversion
 from ldm.training.state import best_checkpoint
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def chosen(out: Path) -> Path:
 
 
 def share(out: Path, told: Mapping[str, Any]) -> list[Path]:
-    """Write `out/shared` from the chosen checkpoint, anew; -> what was written: nothing for a model of its own.
+    """Write `out/shared` from the chosen checkpoint, anew; -> what was written: of a whole model only its word.
 
     An adapter for kohya's readers (AUTOMATIC1111, ComfyUI) and for diffusers, a word likewise, a ControlNet for
     diffusers. told: facts of the run by kohya's names, for the adapter's metadata; to them comes the hash of the base's
@@ -37,21 +38,16 @@ def share(out: Path, told: Mapping[str, Any]) -> list[Path]:
     checkpoint, shared = chosen(out), out / "shared"
     base = base_of(checkpoint)
     shutil.rmtree(shared, ignore_errors=True)
-    if base is None:
-        return []
-    name = out.resolve().name
-    if (checkpoint / ADAPTER).is_file():
+    name, written = out.resolve().name, []
+    if base is not None and (checkpoint / ADAPTER).is_file():
         adapter = files.read(checkpoint / ADAPTER)
         own = {"title": name, "output_name": name}
         if (model := Path(base["model"])).is_file():
             own["new_sd_model_hash"] = sha256(model)
-        return _share_adapter(adapter, shared, name, metadata(adapter, {**told, **own}))
+        written += _share_adapter(adapter, shared, name, metadata(adapter, {**told, **own}))
     if (checkpoint / WORD).is_file():
-        inversion = textual_inversion.read(checkpoint / WORD)
-        name = inversion.word.replace("/", "-")
-        written = [shared / f"{name}.safetensors", shared / "diffusers" / "learned_embeds.safetensors"]
-        textual_inversion.write(inversion, written[0], "native")
-        textual_inversion.write(inversion, written[1], "diffusers")
+        written += _share_word(textual_inversion.read(checkpoint / WORD), shared)
+    if written or base is None:
         return written
     target = shared / "diffusers"
     if base["settings"]["method"] != "controlnet":
@@ -62,6 +58,16 @@ def share(out: Path, told: Mapping[str, Any]) -> list[Path]:
         log.warning("%s: other programs cannot read this ControlNet", error)
         return []
     return [target]
+
+
+def _share_word(inversion: TextualInversion, shared: Path) -> list[Path]:
+    """For AUTOMATIC1111 and ComfyUI, whose folder of words has that name, and for diffusers."""
+    name = inversion.word.replace("/", "-")
+    places = {"native": shared / "embeddings" / f"{name}.safetensors"}
+    places["diffusers"] = shared / "diffusers" / "learned_embeds.safetensors"
+    for dialect, path in places.items():
+        textual_inversion.write(inversion, path, dialect)
+    return list(places.values())
 
 
 def _share_adapter(adapter: Adapter, shared: Path, name: str, strings: Mapping[str, str]) -> list[Path]:

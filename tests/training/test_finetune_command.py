@@ -12,10 +12,13 @@ import torch
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import fixed_batch, open_data
 from data_pipeline.reader import ShardReader
 from data_pipeline.sources.shapes import ShapesConfig, ShapesSource
 from ldm.adapters import files
 from ldm.adapters.adapter import Adapter
+from ldm.adapters.lora import merge
 from ldm.adapters.textual_inversion import load_embeddings
 from ldm.adapters.tuned import load_tuned
 from ldm.checkpoints import textual_inversion
@@ -93,8 +96,8 @@ def test_every_method_goes_from_pictures_to_a_model(
         assert metadata["ss_num_train_images"] == "5" and metadata["ss_resolution"] == "16x16"
         assert metadata["ss_sd_model_name"] == "denoising" and "ss_new_sd_model_hash" not in metadata  # a folder
     elif method == "textual-inversion":
-        assert shared == {"zorp.safetensors", "diffusers/learned_embeds.safetensors"}
-        found = textual_inversion.read(out / "shared" / "zorp.safetensors")
+        assert shared == {"embeddings/zorp.safetensors", "diffusers/learned_embeds.safetensors"}
+        found = textual_inversion.read(out / "shared" / "embeddings" / "zorp.safetensors")
         assert found.word == "zorp" and found.vectors[0].shape == (4, 16)
     elif method == "controlnet":
         assert {"diffusers/config.json", "diffusers/diffusion_pytorch_model.safetensors"} <= shared
@@ -254,8 +257,11 @@ def test_what_is_shared_is_of_this_run(models: dict[str, Path], pictures: Path, 
     [
         ("lroa", [], "did you mean 'lora'"),
         ("dreambooth", [], "needs --class-prompt"),
-        ("textual-inversion", [], "--word is the word"),
-        ("lora", ["--word", "zorp"], "--word is the word"),
+        ("textual-inversion", [], "needs --word"),
+        ("inpainting", ["--word", "zorp"], "task.word goes with"),
+        ("textual-inversion", ["--word", "zorp", "--class-prompt", "a"], "leaves the base as it is"),
+        ("lora", ["--class-prompts", "nowhere.txt"], "nowhere.txt is no file"),
+        ("lora", ["data.prior=[true]"], "follow from PICTURES"),
         ("textual-inversion", ["--word", "zorp", "--caption", "a circle"], "no caption says 'zorp'"),
         ("instruct", [], "needs --conditions"),
         ("lora", ["--class-prompt", "a", "--class-pictures", "0"], "must be 1 or more"),
@@ -290,6 +296,42 @@ def test_a_word_draws_what_it_learned(models: dict[str, Path], pictures: Path, t
     out = tmp_path / "run"
     finetune("textual-inversion", models["denoising"], pictures, "--out", str(out), "--word", "zorp", *QUICK)
     (text,) = load_model(models["denoising"], ["text"]).components.values()
-    assert load_embeddings(text, out / "shared" / "zorp.safetensors") == ["zorp"]
+    assert load_embeddings(text, out / "shared" / "embeddings" / "zorp.safetensors") == ["zorp"]
     (tuned,) = load_tuned(chosen(out), ["text"]).components.values()
     assert torch.equal(text(["a zorp"]).context, tuned(["a zorp"]).context)
+
+
+def test_a_word_and_an_adapter_are_shared_together(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    """And what a plain base draws with both files is what the run folder draws."""
+    out = tmp_path / "zorp"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a circle\n\n  a square \n")
+    said_so = ["--caption", "a zorp"]
+    words = [
+        *said_so,
+        "--word",
+        "zorp",
+        "task.initial=square",
+        "--class-prompts",
+        str(prompts),
+        "--class-pictures",
+        "4",
+    ]
+    said = finetune("lora", models["denoising"], pictures, "--out", str(out), *QUICK, *words)
+    assert said.count("to share: ") == 4
+    config = load_config(RunConfig, [out / "config.yaml"], [])
+    assert config.task.prior == "prediction" and list(config.data.prior) == [False, True]  # type: ignore[attr-defined]
+    (group,) = config.optimizer.groups
+    assert (group.match, group.lr_scale, group.weight_decay) == ("vectors", 20, 0)
+    drawn = DataConfig(config.data.paths[1], size=16)
+    assert fixed_batch(open_data(drawn), drawn, 4).captions == ["a circle", "a square", "a circle", "a square"]
+    components = load_model(models["denoising"]).components
+    assert load_embeddings(components["text"], out / "shared" / "embeddings") == ["zorp"]
+    merge(components, files.read(out / "shared" / "zorp.safetensors", components))
+    tuned = load_tuned(chosen(out)).components
+    x, t = torch.randn(1, 2, 8, 8), torch.tensor([300.0])
+    with torch.no_grad():
+        mine, theirs = (c["denoiser"](x, t, c["text"](["a zorp"])) for c in (components, tuned))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    (before,) = load_model(models["denoising"], ["text"]).components.values()
+    assert not torch.equal(components["text"](["a zorp"]).context, before(["a square"]).context)  # it has learned
