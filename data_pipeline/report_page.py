@@ -3,43 +3,27 @@
 from collections.abc import Iterable
 from html import escape
 
+from data_pipeline.html import document
 from data_pipeline.survey import Bars, Picture, Survey
 
 _NAME_CHARACTERS, _TEXT_CHARACTERS = 80, 160
 
-_HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root { --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --good: #2f9e6e; --bad: #d9664f; --bar: #4c7bd9; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f5f7fa; color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { font-size: 26px; margin: 0 0 2px; overflow-wrap: anywhere; }
+_STYLE = """main { max-width: 1180px; }
 h2 { font-size: 16px; margin: 0 0 12px; }
-p { margin: 0 0 20px; color: var(--soft); }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; }
-.grid { display: grid; gap: 16px; margin-bottom: 16px; }
-.facts { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
+section { padding: 18px 20px; }
+.grid { margin-bottom: 16px; }
 .charts { grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); align-items: start; }
 .facts section { padding: 14px 18px; }
-.facts b { display: block; font-size: 24px; font-weight: 600; }
-.facts span { color: var(--soft); font-size: 13px; }
-svg { display: block; width: 100%; height: auto; font: 13px system-ui, sans-serif; }
+svg { font-size: 13px; }
 svg text { fill: var(--ink); } svg text.n { fill: var(--soft); }
-table { width: 100%; border-collapse: collapse; font-size: 14px; }
-td { padding: 5px 8px 5px 0; border-top: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
+td { padding: 5px 8px 5px 0; }
 td:nth-child(2) { text-align: right; white-space: nowrap; padding-right: 16px; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 14px; }
-figure { margin: 0; }
 figure div { height: 132px; display: flex; align-items: center; justify-content: center; background: #f0f2f5;
   border-radius: 6px; overflow: hidden; }
 img { max-width: 100%; max-height: 132px; }
-figcaption { font-size: 12px; line-height: 1.35; margin-top: 4px; overflow-wrap: anywhere; }
+figcaption { line-height: 1.35; margin-top: 4px; }
 figcaption i { display: block; color: var(--soft); font-style: normal; }
-</style></head><body><main>
 """
 
 
@@ -72,8 +56,7 @@ def render(survey: Survey, name: str) -> str:
         f"<tr><td>{escape(reason)}</td><td>{r.count:,}</td><td>{escape('; '.join(r.examples))}</td></tr>"
         for reason, r in reasons
     )
-    parts = [
-        _HEAD.replace("{title}", escape(name)),
+    body = [
         f"<h1>{escape(name)}</h1><p>{escape(f'{held}, {info.image_format}; from {made_from}')}</p>",
         '<div class="grid facts">',
         *(f"<section><b>{escape(value)}</b><span>{escape(what)}</span></section>" for value, what in facts),
@@ -83,9 +66,8 @@ def render(survey: Survey, name: str) -> str:
         f'<div class="grid"><section><h2>Rejected, by reason</h2><table>{table}</table></section></div>' * bool(table),
         _pictures("Some that were delivered", survey.kept),
         _pictures("Some that were turned away by filters", survey.rejected),
-        "</main></body></html>\n",
     ]
-    return "".join(parts)
+    return document(name, _STYLE, body)
 
 
 def _settings(settings: dict[str, object]) -> Iterable[str]:

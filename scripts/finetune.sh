@@ -29,20 +29,15 @@ run() {
 measured="--steps $steps --guidance 1.5 --count $count"
 annealed="optimizer.schedule=cosine optimizer.warmup_steps=50 preview_steps=100000"
 
-# Eight pictures of zorps, and for DreamBooth's prior preservation as many others as $known, drawn by the model itself,
-# of any of its prompts. In kohya's way the number before a folder's name says how often a picture counts:
-# half of what is trained on is zorps. A tenth of the captions is dropped, as for the base: guidance needs a model that
-# still knows how to draw without one.
+# Eight pictures of zorps, and $known prompts of what the model is not to forget: any that it was trained for.
 pictures() {
-    "${LDM%ldm}python" - "$BASE" "$OUT" "$known" <<'PYTHON'
+    "${LDM%ldm}python" - "$OUT" "$known" <<'PYTHON'
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.sources.shapes import draw, parse, prompts
-from ldm.images import to_pil
-from ldm.pipeline import Pipeline, Request
 
 captions = """\
 a small red zorp
@@ -54,23 +49,12 @@ a small yellow square above a small purple zorp
 a small green circle, a small red zorp and a large purple square from left to right
 a large black zorp, a small yellow triangle and a large blue circle from top to bottom
 """.splitlines()
-
-
-def write(folder, pairs):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, (text, picture) in enumerate(pairs):
-        picture.save(folder / f"{i:04}.png")
-        (folder / f"{i:04}.txt").write_text(text)
-
-
-base, out, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-zorps = [(text, draw(parse(text), 32, np.random.default_rng(i))) for i, text in enumerate(captions)]
-texts = prompts("all", count, seed=7)
-asked = Request(tuple(texts), tuple(range(5000, 5000 + count)), steps=20, guidance=1.5, batch=32)
-known = zip(texts, map(to_pil, Pipeline.load(base)(asked)), strict=True)
-write(out / "zorps", zorps)
-write(out / "mixed" / f"{max(1, count // len(zorps))}_zorps", zorps)
-write(out / "mixed" / "1_known", known)
+out, count = Path(sys.argv[1]), int(sys.argv[2])
+(out / "zorps").mkdir(parents=True, exist_ok=True)
+for i, text in enumerate(captions):
+    draw(parse(text), 32, np.random.default_rng(i)).save(out / "zorps" / f"{i}.png")
+    (out / "zorps" / f"{i}.txt").write_text(text)
+(out / "known.txt").write_text("\n".join(prompts("all", count, seed=7)))
 PYTHON
 }
 
@@ -78,15 +62,18 @@ began=$(date +%s)
 mkdir -p "$OUT"
 # Settings unquoted on purpose: each word is one of its own. What is given later wins.
 if [[ $PARTS == *word* ]]; then
-    if [ ! -d "$OUT/mixed/1_known" ]; then
+    if [ ! -f "$OUT/known.txt" ]; then
         run pictures
     fi
-    run "$LDM" finetune lora "$BASE" "$OUT/mixed" --out "$OUT/lora" --holdout 0 optimizer.lr=7e-4 $annealed \
-        batch_size=16 samples=8000 task.dropout=0.1 task.adapter.text=true "task.adapter.targets=[all]" $short
-    run "$LDM" finetune full "$BASE" "$OUT/mixed" --out "$OUT/dreambooth" --holdout 0 optimizer.lr=4e-4 $annealed \
-        batch_size=16 samples=8000 task.dropout=0.1 $short
-    run "$LDM" finetune textual-inversion "$BASE" "$OUT/zorps" --word zorp --out "$OUT/word" --holdout 0 \
-        task.initial=square task.vectors=1 optimizer.lr=2e-2 $annealed optimizer.warmup_steps=0 batch_size=8 samples=3200 $short
+    # The word starts as a square, and what the model draws of other prompts teaches what the model itself says of it.
+    taught="--word zorp task.initial=square task.vectors=1 --holdout 0 $annealed batch_size=16"
+    kept="--class-prompts $OUT/known.txt --class-pictures $known task.preview_guidance=1.5 task.prior_weight=4"
+    run "$LDM" finetune lora "$BASE" "$OUT/zorps" --out "$OUT/lora" $taught $kept samples=6400 optimizer.lr=1e-3 \
+        "task.adapter.targets=[attention,feedforward]" $short
+    run "$LDM" finetune dreambooth "$BASE" "$OUT/zorps" --out "$OUT/dreambooth" $taught $kept samples=6400 \
+        optimizer.lr=2e-4 "optimizer.groups=[{match: vectors, lr_scale: 100, weight_decay: 0}]" $short
+    run "$LDM" finetune textual-inversion "$BASE" "$OUT/zorps" --out "$OUT/word" $taught samples=3200 \
+        optimizer.lr=2e-2 optimizer.warmup_steps=0 batch_size=8 $short
     for method in lora dreambooth word; do
         run "$LDM" evaluate shapes "$OUT/$method" --glyph zorp --base "$BASE" $measured --out "$OUT/$method/scores"
     done

@@ -13,28 +13,18 @@ log = logging.getLogger(__name__)
 
 SIDE = 320  # of a thumbnail, px
 NOT_SHOWN = ("preview.png",)
-_HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0; background: #f5f7fa; color: var(--ink); font: 14px/1.45 system-ui, sans-serif; }}
-main {{ max-width: 1400px; margin: 0 auto; padding: 28px 24px 64px; }}
-h1 {{ font-size: 24px; margin: 0 0 18px; overflow-wrap: anywhere; }}
-h1 span {{ color: var(--soft); font-weight: 400; font-size: 15px; }}
-.grid {{ display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); align-items: start; }}
-figure {{ margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }}
-figure a {{ display: flex; align-items: center; justify-content: center; background: #f0f2f5; min-height: 180px; }}
-img {{ max-width: 100%; height: auto; display: block; }}
-figcaption {{ padding: 10px 14px 14px; overflow-wrap: anywhere; }}
-figcaption b {{ display: block; white-space: pre-wrap; }}
-figcaption i {{ color: var(--soft); }}
-dl {{ display: grid; grid-template-columns: auto 1fr; gap: 0 10px; margin: 8px 0 0; font-size: 12px; }}
-dt {{ color: var(--soft); }} dd {{ margin: 0; }}
-</style></head><body><main>
+_STYLE = """main { max-width: 1400px; padding-top: 28px; }
+h1 { font-size: 24px; margin-bottom: 18px; }
+h1 span { color: var(--soft); font-weight: 400; font-size: 15px; }
+.grid { grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); align-items: start; }
+figure { background: #fff; border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
+figure a { display: flex; align-items: center; justify-content: center; background: #f0f2f5; min-height: 180px; }
+img { max-width: 100%; height: auto; display: block; }
+figcaption { padding: 10px 14px 14px; font-size: 14px; }
+figcaption b { display: block; white-space: pre-wrap; }
+figcaption i { color: var(--soft); }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 0 10px; margin: 8px 0 0; font-size: 12px; }
+dt { color: var(--soft); } dd { margin: 0; }
 """
 
 
@@ -43,6 +33,7 @@ def write_page(folder: Path) -> Path:
 
     Also of earlier runs and of other programs. A file that cannot be read is left out with a warning.
     """
+    from data_pipeline.html import document
     from ldm.checkpoints.files import commit_file
 
     figures = []
@@ -53,12 +44,11 @@ def write_page(folder: Path) -> Path:
             figures.append(_figure(path))
         except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
             log.warning("not on the page: %s (%s)", path, error)
-    name = escape(folder.resolve().name)
-    page = [_HEAD.format(title=name), f"<h1>{name} <span>{len(figures)} pictures</span></h1>"]
-    page += ['<div class="grid">', *figures, "</div></main></body></html>\n"]
+    name = folder.resolve().name
+    body = [f"<h1>{escape(name)} <span>{len(figures)} pictures</span></h1>", '<div class="grid">', *figures, "</div>"]
     target = folder / "index.html"
     with commit_file(target) as stage:
-        stage.write_text("".join(page), encoding="utf-8", errors="replace")
+        stage.write_text(document(name, _STYLE, body), encoding="utf-8", errors="replace")
     return target
 
 

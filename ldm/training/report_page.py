@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from data_pipeline.html import document
 from ldm.training.metrics import MEASURED, clock
 from ldm.training.runs import Run
 
@@ -28,40 +29,24 @@ COLOURS = ("#2b6cb0", "#d9622b", "#2f9e6e", "#b0508f", "#c99700", "#5a6b7b")
 LEVELS = ("#fbb761", "#ef7a4d", "#c9406b", "#8a2a86", "#3b1f78")
 """From the least noise to the most."""
 
-_HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root { --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --good: #2f9e6e; --bad: #c8442f; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f5f7fa; color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { font-size: 26px; margin: 0 0 2px; overflow-wrap: anywhere; }
-h2 { font-size: 15px; margin: 0 0 6px; overflow-wrap: anywhere; }
+_STYLE = """h2 { font-size: 15px; margin: 0 0 6px; overflow-wrap: anywhere; }
 h3 { font-size: 18px; margin: 28px 0 10px; }
-p { margin: 0 0 20px; color: var(--soft); overflow-wrap: anywhere; } p.bad { color: var(--bad); }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px; min-width: 0; }
-.grid { display: grid; gap: 14px; }
-.facts { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
-.facts b { display: block; font-size: 22px; font-weight: 600; }
-.facts span, .legend { color: var(--soft); font-size: 13px; }
+p.bad { color: var(--bad); }
+section { padding: 14px 18px; }
+.grid { gap: 14px; }
 .charts { grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); align-items: start; }
+.legend { color: var(--soft); font-size: 13px; }
 .legend span { margin-right: 14px; white-space: nowrap; } .legend b { color: var(--ink); font-weight: 600; }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 5px; }
-svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--soft); } svg .axis { stroke: #cbd2d9; } svg .rule { stroke: #eceff2; }
 svg .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; } svg .band { opacity: .16; }
 svg .skip { stroke: var(--bad); stroke-width: 1.5; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(520px, 1fr)); gap: 14px; }
-figure { margin: 0; } img { width: 100%; height: auto; border-radius: 6px; background: #f0f2f5; display: block; }
-figcaption { font-size: 12px; color: var(--soft); margin-top: 3px; }
-table { width: 100%; border-collapse: collapse; font-size: 14px; }
-td { padding: 4px 12px 4px 0; border-top: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
+img { width: 100%; height: auto; border-radius: 6px; background: #f0f2f5; display: block; }
+figcaption { color: var(--soft); margin-top: 3px; }
+td { padding: 4px 12px 4px 0; }
 td:first-child { color: var(--soft); width: 40%; } tr:first-child td { border-top: 0; }
 pre { margin: 0; font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }
-</style></head><body><main>
 """
 
 
@@ -112,17 +97,15 @@ def render(page: Page) -> str:
         for p in page.previews
     )
     tables = "".join(_table(title, rows) for title, rows in page.facts.items())
-    parts = [
-        _HEAD.replace("{title}", escape(page.name)),
+    body = [
         f"<h1>{escape(page.name)}</h1><p>{escape(f'{run.task}: {run.state}')}</p>{bad}",
         f'<div class="grid facts">{facts}</div>',
         *_sections(page),
         f'<h3>Previews</h3><section class="pictures">{figures}</section>' if figures else "",
         f'<h3>The run</h3><div class="grid charts">{tables}</div>' if tables else "",
         f"<h3>Settings</h3><section><pre>{escape(page.config)}</pre></section>",
-        "</main></body></html>\n",
     ]
-    return "".join(parts)
+    return document(page.name, _STYLE, body)
 
 
 def _facts(page: Page) -> Iterable[tuple[str, str]]:
