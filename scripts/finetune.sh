@@ -18,7 +18,7 @@ if [ "${SMOKE:-}" = 1 ]; then
     known=16 scenes=64 count=4 steps=4 short="samples=64"
     echo "SMOKE=1: a test that every step runs; its figures mean nothing"
 else
-    known=768 scenes=28000 count=64 steps=20 short=""
+    known=768 scenes=28000 count=128 steps=20 short=""
 fi
 
 run() {
@@ -65,13 +65,14 @@ if [[ $PARTS == *word* ]]; then
     if [ ! -f "$OUT/known.txt" ]; then
         run pictures
     fi
-    # The word starts as a square, and what the model draws of other prompts teaches what the model itself says of it.
+    # The word starts as a square; the model's own pictures of other prompts teach what it says of them itself.
     taught="--word zorp task.initial=square task.vectors=1 --holdout 0 $annealed batch_size=16"
-    kept="--class-prompts $OUT/known.txt --class-pictures $known task.preview_guidance=1.5 task.prior_weight=4"
-    run "$LDM" finetune lora "$BASE" "$OUT/zorps" --out "$OUT/lora" $taught $kept samples=6400 optimizer.lr=1e-3 \
-        "task.adapter.targets=[attention,feedforward]" $short
-    run "$LDM" finetune dreambooth "$BASE" "$OUT/zorps" --out "$OUT/dreambooth" $taught $kept samples=6400 \
-        optimizer.lr=2e-4 "optimizer.groups=[{match: vectors, lr_scale: 100, weight_decay: 0}]" $short
+    kept="--class-pictures $known task.preview_guidance=1.5 task.prior_weight=4"
+    run "$LDM" finetune lora "$BASE" "$OUT/zorps" --out "$OUT/lora" $taught --class-prompts "$OUT/known.txt" $kept \
+        samples=6400 optimizer.lr=1e-3 "task.adapter.targets=[attention,feedforward]" $short
+    run "$LDM" finetune dreambooth "$BASE" "$OUT/zorps" --out "$OUT/dreambooth" $taught $kept \
+        --class-folder "$(echo "$OUT"/lora/class-*)" samples=9600 optimizer.lr=2e-4 \
+        "optimizer.groups=[{match: vectors, lr_scale: 100, weight_decay: 0}]" $short
     run "$LDM" finetune textual-inversion "$BASE" "$OUT/zorps" --out "$OUT/word" $taught samples=3200 \
         optimizer.lr=2e-2 optimizer.warmup_steps=0 batch_size=8 $short
     for method in lora dreambooth word; do

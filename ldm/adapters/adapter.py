@@ -21,6 +21,9 @@ loha: hada_w{1,2}_a [O, r], hada_w{1,2}_b [r, I k k], alpha             Hyeon-Wo
 lokr: lokr_w1 [a, c] or lokr_w1_{a,b}, lokr_w2 [b, d, ...] or lokr_w2_{a,b}, alpha; O = a b, I = c d    Yeh et al. 2024
 """
 
+Words = Mapping[str, tuple[Tensor, ...]]
+"""Learned words: for each text encoder, of which SDXL has two, the vectors [n, width] that stand for the word."""
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -28,12 +31,13 @@ class Adapter:
 
     parts: component -> native module name -> factors, on the CPU. A part of a fused projection has the name of the
     whole and .q, .k or .v. networks: component -> (kind, config) of the network that the names are of. metadata:
-    what its file says of it.
+    what its file says of it. words: those that its file brings along, which are taught beside the change of weights.
     """
 
     parts: Mapping[str, Mapping[str, Factors]]
     networks: Mapping[str, tuple[str, Any]]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    words: Words = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -98,6 +102,36 @@ def kron_factor(factors: Factors, name: str) -> Tensor:
     if name in factors:
         return factors[name].flatten(1)
     return factors[f"{name}_a"] @ factors[f"{name}_b"]
+
+
+CORES = {
+    "mid": ("up", "down"),
+    "hada_t1": ("hada_w1_a", "hada_w1_b"),
+    "hada_t2": ("hada_w2_a", "hada_w2_b"),
+    "lokr_t2": ("lokr_w2_a", "lokr_w2_b"),
+}
+"""Tucker's core [r, r, k, k] of a convolution's change, and the factors on its two sides."""
+
+
+def without_core(factors: Factors) -> Factors:
+    """The same product of as many ranks, in the plain form: Tucker's core goes into the factor on its inner side.
+
+    W[o, i, x, y] = sum_rs outer[o, r] core[r, s, x, y] inner[s, i] (Tucker 1966; Yeh et al. 2024, sec. 3) is outer
+    times a matrix [r, I k k]. outer is [O, r, 1, 1] of a lora, and stored as [r, O] of the others; inner is [r, I] or
+    [r, I, 1, 1]. Raises ValueError for a core that does not fit between its factors.
+    """
+    made = dict(factors)
+    for core, (outer, inner) in CORES.items():
+        if core not in made or outer not in made or inner not in made:
+            continue
+        left, middle, right = made[outer].flatten(1), made.pop(core), made[inner].flatten(1)
+        left = left if core == "mid" else left.T.contiguous()
+        if middle.ndim != 4 or not left.shape[1] == middle.shape[0] == middle.shape[1] == right.shape[0]:
+            shapes = f"{list(left.shape)}, {list(middle.shape)} and {list(right.shape)}"
+            raise ValueError(f"a core of Tucker's is [r, r, k, k] between [O, r] and [r, I]; these are {shapes}")
+        kernel = torch.einsum("rsxy,si->rixy", middle, right)
+        made |= {inner: kernel} if core == "mid" else {outer: left, inner: kernel.flatten(1)}
+    return made
 
 
 def folded(factors: Factors) -> Factors:

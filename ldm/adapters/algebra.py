@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ldm.adapters import bundled
 from ldm.adapters.adapter import COMPONENTS, Adapter, Factors, base_of, kind_of, scale_of, shape_of
 from ldm.adapters.fused import sites
 from ldm.checkpoints.model import config_of
@@ -77,7 +78,7 @@ def _tell(component: str, others: int) -> None:
 
 
 def resize(adapter: Adapter, rank: int) -> Adapter:
-    """The nearest LoRA of at most `rank`; layers of that rank or less stay as they are.
+    """The nearest LoRA of at most `rank`; layers of that rank or less, and words, stay as they are.
 
     up down = Q1 (R1 R2^T) Q2^T, so that only an r x r matrix is decomposed. Raises ValueError for other kinds than
     lora: a DoRA's magnitudes belong to its factors, and LoHa and LoKr have no such factors.
@@ -88,7 +89,7 @@ def resize(adapter: Adapter, rank: int) -> Adapter:
         component: {name: _cut(f, rank) if f["down"].shape[0] > rank else f for name, f in part.items()}
         for component, part in adapter.parts.items()
     }
-    return Adapter(parts, adapter.networks, adapter.metadata)
+    return Adapter(parts, adapter.networks, adapter.metadata, adapter.words)
 
 
 def _cut(factors: Factors, rank: int) -> Factors:
@@ -102,7 +103,8 @@ def _cut(factors: Factors, rank: int) -> Factors:
 def combine(adapters: Sequence[tuple[Adapter, float]], rank: int | None = None) -> Adapter:
     """The sum of weighted LoRAs, exact, of the sum of their ranks; then the nearest of at most `rank`, if given.
 
-    Raises ValueError if there is none, one is no LoRA, or they are for different bases.
+    It brings the words of all, whatever their weights. Raises ValueError if there is none, one is no LoRA, they are
+    for different bases, or bring one word with different vectors.
     """
     if not adapters:
         raise ValueError("there are no adapters to combine")
@@ -111,6 +113,7 @@ def combine(adapters: Sequence[tuple[Adapter, float]], rank: int | None = None) 
     bases = sorted({base for adapter, _ in adapters if (base := base_of(adapter))})
     if len(bases) > 1:
         raise ValueError(f"adapters for different bases cannot be combined: {' and '.join(bases)}")
+    words = bundled.united(adapter.words for adapter, _ in adapters)
     parts: dict[str, dict[str, Factors]] = {}
     for adapter, weight in adapters:
         for component, part in adapter.parts.items():
@@ -119,7 +122,7 @@ def combine(adapters: Sequence[tuple[Adapter, float]], rank: int | None = None) 
                 scaled = {**factors, "up": factors["up"] * (weight * scale_of(factors))}
                 mine[name] = _sum(f"{component}.{name}", mine[name], scaled) if name in mine else _plain(scaled)
     networks = {name: network for adapter, _ in reversed(adapters) for name, network in adapter.networks.items()}
-    combined = Adapter(parts, networks)
+    combined = Adapter(parts, networks, words=words)
     return combined if rank is None else resize(combined, rank)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.adapters import peft_folder
-from ldm.adapters.adapter import Adapter, Factors, folded, kind_of, rank_of, shape_of
+from ldm.adapters import bundled, peft_folder
+from ldm.adapters.adapter import Adapter, Factors, folded, kind_of, rank_of, shape_of, without_core
+from ldm.adapters.fused import PARTS
 from ldm.checkpoints import facts
 from ldm.checkpoints.files import all_finite, commit_file, save_tensors
 from ldm.checkpoints.foreign import read_file
@@ -22,9 +23,10 @@ from ldm.checkpoints.model import kind_of as kind_of_module
 from ldm.names import known
 
 DIALECTS = ("kohya", "diffusers", "peft", "native")
+WITH_WORDS = ("kohya", "native")
+"""Those with names for learned words."""
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 HASHES = ("sshs_model_hash", "modelspec.hash_sha256")
-TUCKER = re.compile(r".+\.(lora_mid\.weight|hada_t[12]|lokr_t2)")
 WHOLE: tuple[set[str], ...] = (
     {"down", "up"},
     {"down", "up", "magnitude"},
@@ -39,13 +41,15 @@ def read(path: str | Path, components: Mapping[str, nn.Module] | None = None) ->
     """An adapter of any dialect: a .safetensors or pickled file, a peft folder, or a folder with diffusers' file.
 
     components: the model it is for, where names alone would not tell which layer is meant: files without our own
-    record for networks of no published family. Raises ValueError naming the file for what it cannot be: keys of no
-    dialect, Tucker factors, a change that is not whole or not finite.
+    record for networks of no published family. Tucker's cores are multiplied into the factors beside them, changes of
+    fused projections taken apart. Raises ValueError naming the file for what it cannot be: keys of no dialect, a
+    change or a word that is not whole or not finite.
     """
     path = Path(path)
     if (path / DIFFUSERS_FILE).is_file():
         path = path / DIFFUSERS_FILE
     tensors, metadata, configs = peft_folder.read(path) if path.is_dir() else _read_file(path)
+    tensors, words = bundled.parted(tensors, path)
     found = {name: _whole(name, f, path) for name, f in _by_module(tensors, path).items()}
     for name, factors in found.items():
         peft_folder.scale(name, factors, configs)
@@ -53,9 +57,14 @@ def read(path: str | Path, components: Mapping[str, nn.Module] | None = None) ->
     parts: dict[str, dict[str, Factors]] = {}
     for name, factors in found.items():
         component, module, place = names[name]
-        parts.setdefault(component, {})[module] = _turned(module, factors) if place.turned else factors
+        part = parts.setdefault(component, {})
+        try:
+            factors = _turned(module, factors) if place.turned else factors
+            part |= _in_three(module, factors) if module.endswith(".qkv") else {module: factors}
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     plain = {str(k): str(v) for k, v in metadata.items() if k not in ("ldm", "format", peft_folder.METADATA)}
-    return Adapter(parts, {name: networks[name] for name in parts}, plain)
+    return Adapter(parts, {name: networks[name] for name in parts}, plain, words)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, dict[str, Any]]]:
@@ -72,8 +81,6 @@ def _by_module(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str,
     found: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        if TUCKER.fullmatch(key):
-            raise ValueError(f"{path} has Tucker factors, such as {key}, which are not known here")
         match = pattern.fullmatch(key)
         if match is None:
             unknown.append(key)
@@ -90,16 +97,20 @@ def _refuse(unknown: list[str], path: Path) -> None:
 
 
 def _whole(name: str, factors: dict[str, Tensor], path: Path) -> Factors:
-    """The factors of one module, checked; alpha is the rank where the file has none."""
-    if factors.keys() - {"alpha"} not in WHOLE:
-        raise ValueError(f"{path}: {name} has only {', '.join(sorted(factors))}, which is no whole change")
+    """The factors of one module, plain and checked; alpha is the rank where the file has none."""
     bad = [key for key, tensor in factors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise ValueError(f"{path} holds NaN or infinity, first in {name}")
-    made = {key: tensor for key, tensor in factors.items() if key not in ("alpha", "magnitude")}
-    shapeless = any(tensor.ndim < 2 or not tensor.numel() for tensor in made.values())
+    shapeless = any(t.ndim < 2 or not t.numel() for key, t in factors.items() if key not in ("alpha", "magnitude"))
     if shapeless or ("alpha" in factors and factors["alpha"].numel() != 1):
         raise ValueError(f"{path}: the factors of {name} are no matrices with a number alpha")
+    try:
+        factors = without_core(factors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {name}: {error}") from error
+    if factors.keys() - {"alpha"} not in WHOLE:
+        raise ValueError(f"{path}: {name} has only {', '.join(sorted(factors))}, which is no whole change")
+    made = {key: tensor for key, tensor in factors.items() if key not in ("alpha", "magnitude")}
     for left, right in (("up", "down"), *((f"{w}_a", f"{w}_b") for w in ("hada_w1", "hada_w2", "lokr_w1", "lokr_w2"))):
         if left in made and made[left].shape[1] != made[right].shape[0]:
             raise ValueError(
@@ -143,12 +154,25 @@ def _recorded(metadata: Mapping[str, Any]) -> dict[str, Network]:
         return {}
 
 
+ROWS = ("up", "magnitude", "hada_w1_a", "hada_w2_a")
+"""Factors with a row for each output."""
+
+
 def _turned(module: str, factors: Factors) -> Factors:
     """With the two halves of the outputs swapped. Raises ValueError where the factors do not come apart so."""
     if kind_of(factors) == "lokr":
         raise ValueError(f"a LoKr of {module} cannot be moved between programs: its halves are not theirs")
-    rows = ("up", "magnitude", "hada_w1_a", "hada_w2_a")
-    return {k: torch.cat(t.chunk(2)[::-1]) if k in rows else t for k, t in factors.items()}
+    return {k: torch.cat(t.chunk(2)[::-1]) if k in ROWS else t for k, t in factors.items()}
+
+
+def _in_three(module: str, factors: Factors) -> dict[str, Factors]:
+    """The change of a fused projection as those of its parts. Raises ValueError where it does not come apart so."""
+    if kind_of(factors) == "lokr" or shape_of(factors)[0] % 3:
+        raise ValueError(
+            f"a {kind_of(factors)} of {module}, {shape_of(factors)[0]} outputs, does not come apart in q, k and v"
+        )
+    thirds = {k: t.chunk(3) for k, t in factors.items() if k in ROWS}
+    return {f"{module}.{x}": factors | {k: t[i] for k, t in thirds.items()} for i, x in enumerate(PARTS)}
 
 
 def write(
@@ -166,6 +190,8 @@ def write(
     for numbers that are not finite in that type.
     """
     place = destination(path, to)
+    if adapter.words and to not in WITH_WORDS:
+        raise ValueError(f"{to} has no names for learned words, and the adapter brings {', '.join(adapter.words)}")
     told = {k: v for k, v in (adapter.metadata if metadata is None else metadata).items() if k not in HASHES}
     dtype = dtype or torch.float32
     for component, part in adapter.parts.items():
@@ -177,6 +203,9 @@ def write(
     if to == "peft":
         peft_folder.write(adapter, _as_theirs(adapter), place, dtype)
         return
+    words = bundled.tensors_of(adapter.words)
+    if not all_finite({name: table.to(dtype) for name, table in words.items()}):
+        raise ValueError(f"the words of the adapter have no finite numbers in {dtype}; nothing is written")
     tensors = {"kohya": _kohya, "diffusers": _diffusers, "native": native_tensors}[to](adapter)
     record = record_of(adapter)
     tensors = {name: t if name.endswith("alpha") else t.to(dtype) for name, t in tensors.items()}
@@ -225,6 +254,8 @@ def _as_placed(module: str, factors: Factors, place: Place) -> Factors:
 
 
 def _kohya(adapter: Adapter) -> dict[str, Tensor]:
+    if cut := [word for word in adapter.words if "." in word]:
+        raise ValueError(f"kohya's readers take the word {cut[0]!r} to end at its dot; write it as native")
     tensors = {}
     for component, part in _as_theirs(adapter).items():
         for module, (place, factors) in part.items():
@@ -233,7 +264,7 @@ def _kohya(adapter: Adapter) -> dict[str, Tensor]:
                 if factor == "magnitude":  # one number an output, in the shape of the weight
                     tensor = tensor.view(-1, *(1,) * (factors["down"].ndim - 1))
                 tensors[f"{name}.{lora.KOHYA.get(factor, factor)}"] = tensor
-    return tensors
+    return tensors | bundled.tensors_of(adapter.words)
 
 
 def _diffusers(adapter: Adapter) -> dict[str, Tensor]:
@@ -257,10 +288,11 @@ def record_of(adapter: Adapter) -> dict[str, Any]:
 
 
 def native_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Every factor by component, native module and its own name."""
-    return {
+    """Every factor by component, native module and its own name; words as in the files of others."""
+    factors = {
         f"{component}.{module}.{factor}": tensor
         for component, part in adapter.parts.items()
         for module, factors in part.items()
         for factor, tensor in factors.items()
     }
+    return factors | bundled.tensors_of(adapter.words)

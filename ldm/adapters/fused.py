@@ -18,12 +18,15 @@ PARTS = ("q", "k", "v")
 def sites(component: nn.Module) -> dict[str, Tensor]:
     """Native module name -> its weight [O, I] or [O, I, k, k], without gradient; what is written to it stays.
 
-    Raises ValueError for a component that training adapters were injected into: its names are not its own then.
+    The projection behind a text encoder, a parameter [I, O] without a layer, is seen turned round. Raises ValueError
+    for a component that training adapters were injected into: its names are not its own then.
     """
     found: dict[str, Tensor] = {}
     for name, module in component.named_modules():
         if name.endswith("base_layer"):
             raise ValueError(f"the component has adapters in training at {name.removesuffix('.base_layer')}")
+        if isinstance(projection := getattr(module, "text_projection", None), nn.Parameter):
+            found[f"{name}.text_projection"] = projection.detach().T
         if isinstance(module, nn.MultiheadAttention):
             found |= _thirds(f"{name}.in_proj", module.in_proj_weight.detach())
         elif isinstance(module, nn.Linear | nn.Conv2d):

@@ -1,18 +1,22 @@
 """Adapters by name: those in a folder, those that prompts ask for, and those that are on a model."""
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from ldm.adapters import lora
-from ldm.adapters.adapter import Adapter, check_fit
+from ldm.adapters import bundled, lora
+from ldm.adapters.adapter import Adapter, Words, check_fit
 from ldm.adapters.files import DIFFUSERS_FILE, read
 from ldm.adapters.peft_folder import CONFIG, PLACES
+from ldm.adapters.textual_inversion import forget, learned_words, teach
 from ldm.checkpoints.files import sha256
 from ldm.checkpoints.foreign import FILES
 from ldm.names import known
+
+log = logging.getLogger(__name__)
 
 Wanted = tuple[tuple[str, float], ...]
 """Names of adapters, each with its weight, in the order of asking."""
@@ -44,7 +48,7 @@ class Library:
     """What may be put on the components of a model, and what it has put on them now.
 
     paths: where adapters are, by the names that prompts call them. Each is read once, when it is first asked for.
-    What others attach to the model stays on.
+    What others attach to the model stays on, and the words that others taught its text encoder stay what they are.
     """
 
     def __init__(self, components: Mapping[str, nn.Module]) -> None:
@@ -53,6 +57,7 @@ class Library:
         self._always: dict[str, tuple[Path, float]] = {}  # on for every picture
         self._on: dict[str, tuple[Path, float]] = {}  # put on by the library
         self._attached: dict[str, float] = {}  # all that was on the model after that
+        self._taught: dict[str, tuple[Tensor, ...]] = {}  # what the text encoder learned from those that are on
         self._read: dict[Path, Adapter] = {}
         self._hashes: dict[Path, str] = {}
 
@@ -68,12 +73,19 @@ class Library:
         self.use(())
 
     def check(self, wanted: Wanted) -> None:
-        """Raise ValueError for an adapter that is not there, is for another model, or has the name of another."""
-        for name, (path, _) in self._all_of(wanted).items():
+        """Raise ValueError for an adapter that is not there, is for another model, or has the name of another.
+
+        And for two that bring one word, with different vectors.
+        """
+        weights = self._all_of(wanted)
+        for name, (path, _) in weights.items():
             self._check(name, path)
+        self._words_of(weights)
 
     def use(self, wanted: Wanted) -> None:
         """Have on what is always on and these, after what others attached. Raises ValueError as `check` does.
+
+        The text encoder knows their words for as long; of one that others taught it, theirs stands, with a warning.
 
         The sums of weights are rounded. So all that the library has put on is taken off first, also what stays: what
         is on now must not depend on what was on before.
@@ -86,10 +98,30 @@ class Library:
             name, _ = self._on.popitem()
             if name in there:
                 lora.detach(self.components, name)
+        self._forget()
         for name, (path, weight) in weights.items():
             lora.attach(self.components, self._adapter(path), weight, name)
             self._on[name] = path, weight
+        self._teach(self._words_of(weights))
         self._attached = lora.attached(self.components)
+
+    def _words_of(self, weights: Mapping[str, tuple[Path, float]]) -> Words:
+        return bundled.united(self._adapter(path).words for path, _ in weights.values())
+
+    def _teach(self, words: Words) -> None:
+        for word, vectors in words.items():
+            if word.lower() in learned_words(self.components["text"]):
+                log.warning("the word %r is known already; what an adapter brings for it is left out", word)
+                continue
+            teach(self.components["text"], word, vectors)
+            self._taught[word] = vectors
+
+    def _forget(self) -> None:
+        """What it taught, but for words that others took away or taught anew meanwhile."""
+        for word, vectors in self._taught.items():
+            if bundled.knows(self.components["text"], word, vectors):
+                forget(self.components["text"], word)
+        self._taught = {}
 
     def hashes(self, wanted: Wanted) -> str:
         """ "name: hash, ..." of all that `use` has on: the first 12 digits of the sha256 of each one's files."""
@@ -118,6 +150,7 @@ class Library:
             adapter = read(path, self.components)
             try:
                 check_fit(adapter, self.components)
+                bundled.check_fit(adapter.words, self.components.get("text"))
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
             self._read[path] = adapter

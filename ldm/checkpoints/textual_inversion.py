@@ -80,6 +80,7 @@ def write(inversion: TextualInversion, path: Path, to: str) -> None:
     if len(inversion.vectors) == 2:
         tensors = dict(zip(PAIR, inversion.vectors, strict=True))
     else:
-        tensors = {inversion.word if to == "diffusers" else SINGLE: inversion.vectors[0]}
+        named = to == "diffusers" and "." not in inversion.word  # a name with a dot would be that of a layer
+        tensors = {inversion.word if named else SINGLE: inversion.vectors[0]}
     with commit_file(path) as stage:
         save_tensors(stage, tensors, {"word": inversion.word}, {"format": "pt"})

@@ -1,5 +1,7 @@
 """`ldm adapter`: LoRA and its kin merged, extracted, resized, combined, converted, inspected."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from ldm.adapters.adapter import Adapter
+    from ldm.checkpoints.textual_inversion import TextualInversion
 
 app = typer.Typer(no_args_is_help=True)
 DTYPES = ("float32", "float16", "bfloat16")
@@ -25,11 +28,11 @@ def merge(
     out: Annotated[Path, typer.Option(help="The new model: a folder, or a .safetensors file for compvis.")],
     to: Annotated[str, typer.Option(help="native, compvis or diffusers.")] = "native",
 ) -> None:
-    """Write a model with adapters in its weights for good.
+    """Write a model with adapters in its weights for good; words that they bring are written to files of their own.
 
     Example: ldm adapter merge sd15 zorp.safetensors:0.8 --out sd15-zorp
     """
-    from ldm.adapters import files
+    from ldm.adapters import bundled, files
     from ldm.adapters.lora import merge as put_into
     from ldm.checkpoints import convert as conversion
     from ldm.checkpoints.load import load_model
@@ -40,11 +43,14 @@ def merge(
     if (to == "compvis") != (out.suffix == ".safetensors"):
         raise ValueError(f"--to {to} writes a {'.safetensors file' if to == 'compvis' else 'folder'}, not {out.name!r}")
     loaded = load_model(model)
-    for path, weight in map(_weighted, adapters):
-        put_into(loaded.components, files.read(path, loaded.components), weight)
+    read = [(files.read(path, loaded.components), weight) for path, weight in map(_weighted, adapters)]
+    words = bundled.by_themselves(bundled.united(adapter.words for adapter, _ in read), out.parent)
+    for adapter, weight in read:
+        put_into(loaded.components, adapter, weight)
     for note in loaded.notes + conversion.write(loaded, out, to):
         typer.echo(f"note: {note}")
     typer.echo(f"{out}: {model} with {', '.join(adapters)}")
+    _write_words(words, "a model")
 
 
 @app.command()
@@ -139,6 +145,10 @@ def inspect(source: Source) -> None:
     ranks = ", ".join(str(rank) if rank else "whole" for rank in adapter.ranks)
     typer.echo(f"{source}: {adapter.kind} for {base_of(adapter) or 'a base that its tensors do not tell'}")
     typer.echo(f"rank {ranks}; layers: {layers}; {numbers:,} numbers")
+    for word, tables in adapter.words.items():
+        typer.echo(
+            f"brings the word {word!r}: {len(tables[0])} vectors, {' + '.join(str(t.shape[1]) for t in tables)} wide"
+        )
     for key, value in sorted(adapter.metadata.items()):
         typer.echo(f"  {key}: {value if len(value) <= 100 else value[:100] + '...'}")
 
@@ -170,15 +180,28 @@ def _check_target(target: Path, to: str, dtype: str) -> None:
 
 
 def _write(adapter: "Adapter", target: Path, to: str, dtype: str) -> None:
-    """Write it with what its tensors say in the metadata, and say what was written."""
+    """Write it with what its tensors say in the metadata, words beside it if they must be, and say what was written."""
     import torch
 
-    from ldm.adapters import files
+    from ldm.adapters import bundled, files
     from ldm.adapters.facts import metadata
 
+    words = {} if to in files.WITH_WORDS else bundled.by_themselves(adapter.words, target.parent)
+    if words:
+        adapter = replace(adapter, words={})
     kept = {"title": "modelspec.title", "resolution": "modelspec.resolution"}
     stated = {name: adapter.metadata[key] for name, key in kept.items() if key in adapter.metadata}
     told = dict(adapter.metadata) | metadata(adapter, {"title": target.stem} | stated)
     files.write(adapter, target, to, told, getattr(torch, dtype))
     layers = sum(len(part) for part in adapter.parts.values())
     typer.echo(f"{target}: {adapter.kind}, rank {', '.join(map(str, adapter.ranks))}, {layers} layers")
+    _write_words(words, to)
+
+
+def _write_words(words: "Mapping[Path, TextualInversion]", what: str) -> None:
+    """Words by themselves, each said."""
+    from ldm.adapters import bundled
+
+    bundled.write_words(words)
+    for path, inversion in words.items():
+        typer.echo(f"{path}: the word {inversion.word!r} by itself, which {what} has no place for")

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,24 @@ def chosen(out: Path) -> Path:
 def share(out: Path, told: Mapping[str, Any]) -> list[Path]:
     """Write `out/shared` from the chosen checkpoint, anew; -> what was written: of a whole model only its word.
 
-    An adapter for kohya's readers (AUTOMATIC1111, ComfyUI) and for diffusers, a word likewise, a ControlNet for
-    diffusers. told: facts of the run by kohya's names, for the adapter's metadata; to them comes the hash of the base's
-    file, which programs know it by, where it is one file.
+    An adapter for kohya's readers (AUTOMATIC1111, ComfyUI), with its word in it, and for diffusers; a word likewise, by
+    itself; a ControlNet for diffusers. told: facts of the run by kohya's names, for the adapter's metadata; to them
+    comes the hash of the base's file, which programs know it by, where it is one file.
     """
     checkpoint, shared = chosen(out), out / "shared"
     base = base_of(checkpoint)
     shutil.rmtree(shared, ignore_errors=True)
     name, written = out.resolve().name, []
+    word = textual_inversion.read(checkpoint / WORD) if (checkpoint / WORD).is_file() else None
     if base is not None and (checkpoint / ADAPTER).is_file():
         adapter = files.read(checkpoint / ADAPTER)
+        adapter = adapter if word is None else replace(adapter, words={word.word: word.vectors})
         own = {"title": name, "output_name": name}
         if (model := Path(base["model"])).is_file():
             own["new_sd_model_hash"] = sha256(model)
         written += _share_adapter(adapter, shared, name, metadata(adapter, {**told, **own}))
-    if (checkpoint / WORD).is_file():
-        written += _share_word(textual_inversion.read(checkpoint / WORD), shared)
+    if word is not None:
+        written += _share_word(word, shared)
     if written or base is None:
         return written
     target = shared / "diffusers"
@@ -78,7 +81,7 @@ def _share_adapter(adapter: Adapter, shared: Path, name: str, strings: Mapping[s
     written = []
     for dialect, path in places.items():
         try:
-            files.write(adapter, path, dialect, strings)
+            files.write(replace(adapter, words={}) if dialect == "diffusers" else adapter, path, dialect, strings)
         except ValueError as error:  # layers, or a whole network, that other programs do not have
             log.warning("%s: programs that read %s cannot read this adapter", error, dialect)
         else:

@@ -196,7 +196,8 @@ def with_peft(pipe: Any, path: Path) -> Any:
     return pipe
 
 
-KINDS = ["dora", *(pytest.param(k, marks=pytest.mark.slow) for k in ("loha", "lokr", "lokr factor")), "lokr both"]
+SLOW = ("loha", "lokr", "lokr factor", "loha tucker")
+KINDS = ["dora", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW), "lokr both", "lokr tucker"]
 
 
 def other_config(kind: str) -> Any:
@@ -205,9 +206,14 @@ def other_config(kind: str) -> Any:
     def made(targets: list[str]) -> Any:
         if kind == "dora":
             return lora_config(targets, use_dora=True, lora_alpha=4)
-        if kind == "loha":
-            return peft.LoHaConfig(r=3, alpha=5, target_modules=targets)
-        changes = {"lokr both": {"decompose_both": True, "r": 1}, "lokr factor": {"decompose_factor": 4}}
+        tucker = "tucker" in kind  # of the convolutions with a kernel
+        if kind.startswith("loha"):
+            return peft.LoHaConfig(r=3, alpha=5, target_modules=targets, use_effective_conv2d=tucker)
+        changes = {
+            "lokr both": {"decompose_both": True, "r": 1},
+            "lokr factor": {"decompose_factor": 4},
+            "lokr tucker": {"use_effective_conv2d": True},
+        }
         return peft.LoKrConfig(**({"r": 2, "alpha": 3, "target_modules": targets} | changes.get(kind, {})))
 
     return made
@@ -225,6 +231,12 @@ def test_other_kinds_say_what_peft_says(kind: str, tmp_path: Path) -> None:
     components = load_model(model).components
     adapter = files.read(write_peft_folder(pipe, tmp_path / "theirs"))
     assert adapter.kind == kind.split()[0]
+    cores = [
+        name
+        for name in load_file(tmp_path / "theirs" / "unet" / "adapter_model.safetensors")
+        if "_t" in name.rpartition(".")[2]
+    ]
+    assert bool(cores) == ("tucker" in kind)
     files.write(adapter, tmp_path / "k.safetensors", "kohya")
     files.write(adapter, tmp_path / "n.safetensors", "native")
     files.write(adapter, tmp_path / "p", "peft")

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from ldm.checkpoints import compvis, convert, describe, diffusers, textual_inversion
 from ldm.checkpoints.files import commit, sha256
-from ldm.checkpoints.layouts import scheduler
+from ldm.checkpoints.layouts import scheduler, unet_config
 from ldm.checkpoints.load import load_model, save_model
 from ldm.checkpoints.model import LoadedModel, config_of
 from ldm.models.text import TextEncoder
 from ldm.pipeline import Pipeline
 from tests.checkpoints.families import OPEN_CLIP, SMALL, make, text_to_image
 
-FAMILIES = ("sd1", "sd2", "sdxl", "inpainting", "depth", "x4 upscaler")
+FAMILIES = ("sd1", "sd2", "sdxl", "refiner", "inpainting", "depth", "x4 upscaler")
 ALONE = {"autoencoder": ("native", "compvis", "diffusers"), "controlnet": ("native", "compvis", "diffusers")}
-ALONE |= {"t2i_adapter": ("native", "compvis", "diffusers")}
+ALONE |= {name: ("native", "compvis", "diffusers") for name in ("t2i_adapter", "t2i_adapter_xl")}
 ALONE |= {"dit": ("native", "compvis"), "diffusers dit": ("native", "diffusers"), "mmdit": ("native", "diffusers")}
 ROUTES = [(family, to) for family in FAMILIES for to in convert.FORMATS]
 ROUTES += [(family, to) for family, formats in ALONE.items() for to in formats]
@@ -89,7 +89,19 @@ def test_compvis_and_diffusers_are_each_others_inverse(family: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "family", ["sd1", "sdxl", "sd2", "controlnet", "t2i_adapter", "dit", "autoencoder", "x4 upscaler"]
+    "family",
+    [
+        "sd1",
+        "sdxl",
+        "refiner",
+        "sd2",
+        "controlnet",
+        "t2i_adapter",
+        "t2i_adapter_xl",
+        "dit",
+        "autoencoder",
+        "x4 upscaler",
+    ],
 )
 def test_a_file_that_says_nothing_of_itself(family: str, tmp_path: Path) -> None:
     """As the published ones: no metadata, half precision, tensors of training left in. Told from names and shapes."""
@@ -103,7 +115,7 @@ def test_a_file_that_says_nothing_of_itself(family: str, tmp_path: Path) -> None
         tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(tensors, path)
     model, expected = load_model(path), make(family, channels=64)
-    assert model.notes or family in ("controlnet", "t2i_adapter")
+    assert model.notes or family in ("controlnet", "t2i_adapter", "t2i_adapter_xl")
     for name, module in expected.components.items():
         found, wanted = config_of(model.components[name]), config_of(module)
         if name == "denoiser" and family != "dit":  # heads leave no trace: the rule is for the published sizes
@@ -422,8 +434,10 @@ def test_textual_inversions(to: str, tmp_path: Path) -> None:
     save_file({"emb_params": vectors}, tmp_path / "kohya.safetensors")
     save_file({"<cat>": vectors[0]}, tmp_path / "learned_embeds.safetensors")
     save_file({"clip_l": vectors, "clip_g": other}, tmp_path / "xl.safetensors")
+    save_file({"emb_params": vectors}, tmp_path / "v1.5.safetensors")  # as the name of a tensor a word without its dot
     expected = {
         "cat.pt": ("cat", [vectors]),
+        "v1.5.safetensors": ("v1.5", [vectors]),
         "kohya.safetensors": ("kohya", [vectors]),
         "learned_embeds.safetensors": ("<cat>", [vectors[:1]]),
         "xl.safetensors": ("xl", [vectors, other]),
@@ -507,22 +521,25 @@ def test_folders_whose_json_is_another(content: str, tmp_path: Path) -> None:
         (tmp_path / "folder" / file).write_text(original)
 
 
-def test_the_refiner_is_not_taken_for_the_base(tmp_path: Path) -> None:
-    """It is told an aesthetic score in the place of a size: 1280 + 5 x 256."""
-    path = place(tmp_path, "compvis")
-    compvis.write(make("sdxl", channels=64), path)
-    tensors = load_file(path)
-    key = "model.diffusion_model.label_emb.0.0.weight"
-    save_file(tensors | {key: tensors[key][:, :2560].contiguous()}, path)
-    with pytest.raises(ValueError, match="refiner"):
-        load_model(path)
-    diffusers.write(make("sdxl"), tmp_path / "folder")
-    words = json.loads((tmp_path / "folder/unet/config.json").read_text())
-    (tmp_path / "folder/unet/config.json").write_text(
-        json.dumps(words | {"projection_class_embeddings_input_dim": 2560})
-    )
-    with pytest.raises(ValueError, match="refiner"):
-        load_model(tmp_path / "folder")
+def test_the_refiner_is_known_by_the_width_of_what_it_is_told(tmp_path: Path) -> None:
+    """1280 + 5 x 256 against the base's 1280 + 6 x 256; by nothing else, so other widths cannot be written."""
+    for family, scored, null in (("sdxl", False, None), ("refiner", True, "")):
+        path = place(tmp_path, "compvis", family)
+        compvis.write(make(family, channels=64), path)
+        save_file(load_file(path), path)  # without metadata
+        model = load_model(path)
+        assert model.components["denoiser"].config.aesthetic is scored
+        assert (model.settings["null_prompt"], model.settings["size"]) == (null, 1024)
+    config = make("refiner").components["denoiser"].config
+    for other in (replace(config, pooled_dim=64), replace(config, pooled_dim=1024, aesthetic=False)):
+        with pytest.raises(ValueError, match="an aesthetic score by a width of 2560"):
+            unet_config.to_diffusers(other, 32)
+    with pytest.raises(ValueError, match="text encoders in its pipelines alone"):
+        text = {"text": make("refiner").components["text"]}
+        diffusers.write(LoadedModel(text, {}, "tiny", Path("tiny")), tmp_path / "text")
+    diffusers.write(make("refiner"), tmp_path / "folder")
+    index = json.loads((tmp_path / "folder/model_index.json").read_text())
+    assert index["requires_aesthetics_score"] and index["text_encoder"] == [None, None]
 
 
 def test_what_a_format_does_not_keep_is_said(tmp_path: Path) -> None:

@@ -327,7 +327,9 @@ def test_a_word_and_an_adapter_are_shared_together(models: dict[str, Path], pict
     assert fixed_batch(open_data(drawn), drawn, 4).captions == ["a circle", "a square", "a circle", "a square"]
     components = load_model(models["denoising"]).components
     assert load_embeddings(components["text"], out / "shared" / "embeddings") == ["zorp"]
-    merge(components, files.read(out / "shared" / "zorp.safetensors", components))
+    shared = files.read(out / "shared" / "zorp.safetensors", components)
+    assert torch.equal(shared.words["zorp"][0], components["text"].words.vectors["zorp"])  # type: ignore[union-attr, index]
+    merge(components, shared)
     tuned = load_tuned(chosen(out)).components
     x, t = torch.randn(1, 2, 8, 8), torch.tensor([300.0])
     with torch.no_grad():

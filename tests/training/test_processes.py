@@ -10,7 +10,6 @@ from ldm.training.run import RunConfig
 from tests.conftest import LOOP, TINY, frozen, tiny_config
 from tests.training.launch import by_one_and_by_two
 
-
 KEPT = ["task.prior=prediction", "data.prior=[true,false]"]
 
 

@@ -32,6 +32,8 @@ LEAVES = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     "alpha": "alpha",
+    "lora_mid.weight": "mid",
+    **{name: name for name in ("hada_t1", "hada_t2", "lokr_t2")},
     **{f"hada_w{i}_{x}": f"hada_w{i}_{x}" for i in (1, 2) for x in "ab"},
     **{f"lokr_w{i}{x}": f"lokr_w{i}{x}" for i in (1, 2) for x in ("", "_a", "_b")},
     **{name: name for name in ("down", "up", "magnitude")},  # our own
@@ -45,6 +47,27 @@ SDXL = {
     "multipliers": (1, 2, 4), "depths": (0, 2, 10), "middle_depth": 10, "head_dim": 64, "context_dim": 2048,
     "linear_projection": True, "pooled_dim": 1280, "pooled_layers": 2, "size_dim": 256,
 }  # fmt: skip
+ALSO = {
+    "lora_te_": ("lora_te_", "lora_te1_"),
+    "lora_te1_": ("lora_te_", "lora_te1_"),
+    "lora_unet_": ("lora_unet_", "lycoris_"),
+    "lora_transformer_": ("lora_transformer_", "lora_unet_", "lycoris_"),
+}
+"""kohya's prefix, and those that people write in its place: LyCORIS by itself says lycoris_ for what is no text."""
+COMFY = {
+    "text_encoder.": "text_encoders.clip_l.transformer.",
+    "text_encoder_2.": "text_encoders.clip_g.transformer.",
+}
+"""diffusers' prefix of a text encoder, and ComfyUI's."""
+MMDIT = {
+    "patches": "x_embedder.proj", "time.0": "t_embedder.mlp.0", "time.2": "t_embedder.mlp.2",
+    "pooled.0": "y_embedder.mlp.0", "pooled.2": "y_embedder.mlp.2", "context": "context_embedder",
+    "modulation": "final_layer.adaLN_modulation.1", "out": "final_layer.linear",
+}  # fmt: skip
+MMDIT_BLOCK = {"modulation": "adaLN_modulation.1", "attn.out": "attn.proj", "attn2.out": "attn2.proj"}
+"""Our modules in Stability AI's own files of Stable Diffusion 3; of a block, those that have another name there."""
+TEXT = r"lora_te\d?_|text_encoder|(base_model\.model\.)?(text_model\.|encoder\.layers|text_projection$)"
+"""How the name of a text encoder's module begins."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +106,16 @@ def _places(network: Network, modules: list[str]) -> dict[str, Place]:
     keys = [_weight(module)[0] for module in modules]
     theirs = {entry.native: entry for entry in _diffusers(kind, config, keys)}
     compvis = {entry.native: entry for entry in _compvis(kind, config, keys)}
-    # What they have several copies of, or turned round, has no one module there.
-    single = [m for m in modules if theirs[_weight(m)[0]].how not in ("copies", "transpose")]
+    # What they have several copies of has no one module there.
+    single = [m for m in modules if theirs[_weight(m)[0]].how != "copies"]
     return {module: _place(module, theirs, compvis) for module in single}
 
 
 def _weight(module: str) -> tuple[str, int]:
     """The key of a module's weight and, for a part of a fused projection, which third of it."""
     whole, _, part = module.rpartition(".")
+    if part == "text_projection":  # a parameter of its own, without a layer around it
+        return module, 0
     if whole.endswith(".in_proj"):
         return f"{whole}_weight", "qkv".index(part)
     return (f"{whole}.weight", "qkv".index(part)) if whole.endswith(".qkv") else (f"{module}.weight", 0)
@@ -138,6 +163,7 @@ def modules_of(network: Network) -> list[str]:
     if kind == "text":  # by the table: building open_clip's tower takes a second
         leaves = [f"{name}.weight" for name in text.LAYER if not name.startswith("ln")] + ["attn.in_proj_weight"]
         keys = [f"tower.transformer.resblocks.{i}.{leaf}" for i in range(config.layers) for leaf in leaves]
+        keys += ["tower.text_projection"] if config.embed_dim else []
     else:
         keys = [key for key in keys_of(kind, config) if key.endswith(".weight")]
     modules: list[str] = []
@@ -183,19 +209,39 @@ def index(networks: Mapping[str, Network]) -> dict[str, tuple[str, str, Place]]:
             told = (component, module, place)
             for name in _spellings(component, network, module, place):
                 found[name] = told
+        if network[0] == "mmdit":
+            found |= {name: (component, whole, Place("")) for name, whole in _original_mmdit(modules)}
     return found
 
 
 def _spellings(component: str, network: Network, module: str, place: Place) -> Iterator[str]:
     kohya, diffusers = prefixes(component, network, module)
     paths = {place.diffusers, place.compvis, place.diffusers.removeprefix(text.WRAPPER)} - {""}
-    # The only or first text encoder is te to kohya, or te1.
-    for prefix in {"lora_te_", "lora_te1_"} if kohya in ("lora_te_", "lora_te1_") else {kohya}:
+    for prefix in ALSO.get(kohya, (kohya,)):
         yield from (prefix + path.replace(".", "_") for path in paths)
     for path in paths - {place.compvis}:
         yield diffusers + path
+        if diffusers in COMFY:
+            yield COMFY[diffusers] + path
         if diffusers != "text_encoder_2.":
             yield path  # a peft folder of one network
+            yield f"base_model.model.{path}"
+    if place.compvis:
+        yield f"diffusion_model.{place.compvis}"
+
+
+def _original_mmdit(modules: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(name, our module) in Stability AI's own names: queries, keys and values are one, and ours is the whole then."""
+    for module in modules:
+        whole = re.sub(r"(\.qkv)\.[qkv]$", r"\1", module)
+        block = re.fullmatch(r"blocks\.(\d+)\.(image|text)\.(.+)", whole)
+        if block:
+            stream = "x_block" if block[2] == "image" else "context_block"
+            path = f"joint_blocks.{block[1]}.{stream}.{MMDIT_BLOCK.get(block[3], block[3])}"
+        else:
+            path = MMDIT[whole]
+        for name in (path, f"diffusion_model.{path}", f"lora_unet_{path.replace('.', '_')}"):
+            yield name, whole
 
 
 def infer(shapes: Shapes) -> dict[str, Network]:
@@ -205,9 +251,9 @@ def infer(shapes: Shapes) -> dict[str, Network]:
     levels and layers as the names call for; CompVis' numbers are then those of two layers a level.
     """
     width = next((shape[1] for name, shape in shapes.items() if re.search(r"attn2[._]to_[kv]$", name)), 0)
-    inside = [n for n in shapes if not re.match(r"lora_te\d?_|text_encoder|text_model\.|encoder\.layers", n)]
+    inside = [n for n in shapes if not re.match(TEXT, n)]
     outside = shapes.keys() - set(inside)
-    pair = width == 2048 or any(re.match(r"lora_te2_|text_encoder_2\.", n) for n in outside)
+    pair = width == 2048 or any(re.match(r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.", n) for n in outside)
     networks: dict[str, Network] = {}
     if inside:
         networks["denoiser"] = _denoiser(inside, width)
@@ -225,9 +271,12 @@ def _denoiser(names: list[str], width: int) -> Network:
         return max((int(n) for n in re.findall(pattern, joined)), default=0)
 
     if not re.search(r"(down|up|mid)_block|(in|out)put_blocks|middle_block|conv_(in|out)$|time_emb", joined):
-        depth = 1 + most(r"transformer_blocks[._](\d+)")
-        if re.search(r"add_[qkv]_proj|to_add_out|ff_context|norm1_context|context_embedder", joined):
-            return "mmdit", MMDiTConfig(depth=max(depth, 24), dual=tuple(range(depth)), qk_norm=True)
+        depth = 1 + most(r"(?:transformer|joint)_blocks[._](\d+)")
+        if re.search(r"joint_blocks|add_[qkv]_proj|to_add_out|ff_context|norm1_context|context_embedder", joined):
+            inner = most(r"transformer_blocks[._](\d+)[._](?:attn[._]to_add_out|ff_context)")  # not in the last block
+            depth = max(depth, inner + 2)
+            depth = next((published for published in (24, 38) if published >= depth), depth)  # SD 3 and 3.5
+            return "mmdit", MMDiTConfig(depth=depth, dual=tuple(range(depth)), qk_norm=True)
         return "dit", DiTConfig(depth=depth, frequency_shift=1.0)
     if width in (768, 1024, 2048):
         return "unet", UNetConfig(**SDXL) if width == 2048 else UNetConfig(context_dim=width)  # type: ignore[arg-type]
