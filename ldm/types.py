@@ -17,12 +17,13 @@ class Conditioning:
 
     context [B, L, D]: text tokens.          mask [B, L]: True where a token counts.
     pooled [B, P]: added to the time embedding.
-    sizes [B, 6]: original height and width, crop top and left, target height and width, px (SDXL).
+    sizes [B, 6]: original height and width, crop top and left, target height and width, px (SDXL); its refiner's
+        [B, 5] have an aesthetic score in the place of the target.
     label [B], whole: a class, or how noisy the low-resolution picture in `concat` is (x4 upscaler).
     concat [B, C', H, W]: joined to `x` by channel (inpainting, depth).
     control: what steers the picture's layout. Outside `controlled`, one hint picture for each network, [B, c, H f, W f]
-        in [0, 1]; inside, of T2I-adapters one map per level, then of ControlNets one per skip connection and one for
-        the middle; either may be absent.
+        in [0, 1]; inside, of T2I-adapters one map per level (SDXL's: and one for the middle), then of ControlNets one
+        per skip connection and one for the middle; either may be absent.
     """
 
     context: Tensor | None = None

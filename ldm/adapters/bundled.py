@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.adapter import Words
-from ldm.checkpoints.textual_inversion import PAIR, TextualInversion, write
+from ldm.checkpoints.textual_inversion import EMBEDDINGS, PAIR, TextualInversion, write
 from ldm.models.text import TextEncoder, TextPair
 from ldm.models.transformers_text import TransformersText
 
@@ -105,7 +105,7 @@ def by_themselves(words: Words, folder: Path) -> dict[Path, TextualInversion]:
     """Words as files of their names in a folder `embeddings` within; ValueError for one that exists already."""
     found = {}
     for word, tables in words.items():
-        path = folder / "embeddings" / f"{word.replace('/', '-')}.safetensors"
+        path = folder / EMBEDDINGS / f"{word.replace('/', '-')}.safetensors"
         if path.exists() or path in found:
             raise ValueError(f"the word {word!r} would be written to {path}, which exists; nothing is overwritten")
         found[path] = TextualInversion(word, tables)

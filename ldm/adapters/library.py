@@ -14,6 +14,7 @@ from ldm.adapters.peft_folder import CONFIG, PLACES
 from ldm.adapters.textual_inversion import forget, learned_words, teach
 from ldm.checkpoints.files import sha256
 from ldm.checkpoints.foreign import FILES
+from ldm.checkpoints.textual_inversion import EMBEDDINGS
 from ldm.names import known
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,9 @@ Wanted = tuple[tuple[str, float], ...]
 def adapters_in(folder: str | Path) -> dict[str, Path]:
     """The adapters in a folder and below, by name: of a file that without suffix, or of a folder of peft or diffusers.
 
-    A folder of peft's has its configuration in itself, or one in a folder of its own for each network. Raises
-    ValueError for a path that is no folder, and for two adapters of one name.
+    A folder of peft's has its configuration in itself, or one in a folder of its own for each network. Folders named
+    embeddings hold words, which are not meant. Raises ValueError for a path that is no folder, and for two adapters of
+    one name.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -35,6 +37,7 @@ def adapters_in(folder: str | Path) -> dict[str, Path]:
     whole = {path.parent if path.name in PLACES and path != folder else path for path in peft}
     whole |= {path.parent for path in folder.rglob(DIFFUSERS_FILE)}
     files = [path for path in folder.rglob("*") if path.suffix in FILES and path.parent not in whole | peft]
+    files = [path for path in files if EMBEDDINGS not in path.relative_to(folder).parts[:-1]]
     found: dict[str, Path] = {}
     for path in sorted([*files, *whole]):
         name = _name_of(path)

@@ -20,6 +20,8 @@ from ldm.models.text import TextConfig, TextPairConfig
 DENOISER, AUTOENCODER, CONTROL, AVERAGE = "model.diffusion_model.", "first_stage_model.", "control_model.", "model_ema."
 TEXT_1, TEXT_2 = "cond_stage_model.transformer.", "cond_stage_model.model."
 PAIR = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+REFINER = "conditioner.embedders.0.model."
+"""Of SDXL's refiner, which hears the second of the pair alone."""
 
 BARE = {  # a component alone in a file: the tensor that gives it away
     "control_model.": "input_hint_block.0.weight",
@@ -134,6 +136,7 @@ def find_parts(tensors: Mapping[str, Tensor], recorded: Mapping[str, Any]) -> li
     add("text", "text", (TEXT_1,), lambda s: text.infer_transformers(s, skip=0, final_norm=True))
     add("text", "text", (TEXT_2,), lambda s: text.infer(s, skip=1, final_norm=True))
     add("text", "text_pair", PAIR, _infer_pair)
+    add("text", "text", (REFINER,), lambda s: text.infer(s, skip=1, final_norm=False))
     add("denoiser", "unet", (DENOISER,), unet_config.infer)
     add("denoiser", "dit", (DIT,), lambda s: dit.infer({k: v for k, v in s.items() if k not in dit.IGNORED}))
     add("controlnet", "controlnet", (CONTROL,), unet_config.infer_controlnet)
@@ -257,8 +260,10 @@ def write(model: LoadedModel, path: Path, *, dtype: torch.dtype | None = None) -
 
 
 def _prefixes(kind: str, config: Any) -> tuple[str, ...]:
+    if kind == "text" and not config.embed_dim:
+        return (TEXT_1,)
     if kind == "text":
-        return (TEXT_2,) if config.embed_dim else (TEXT_1,)
+        return (TEXT_2,) if config.final_norm else (REFINER,)
     places: dict[str, tuple[str, ...]] = {
         "autoencoder": (AUTOENCODER,),
         "unet": (DENOISER,),

@@ -146,7 +146,8 @@ def _outputs(module: Any) -> list[Tensor]:
         return [module(noise(1, 3, config.size, config.size).clamp(-1, 1))]
     if kind == "t2i_adapter":
         side = 4 * 2 ** len(config.channels)
-        told = Conditioning(control=(noise(1, config.hint_channels, side * config.factor, side * config.factor),))
+        hinted = side * module.hint_factor
+        told = Conditioning(control=(noise(1, config.hint_channels, hinted, hinted),))
         return list(module(noise(1, 4, side, side), torch.tensor([500.0]), told))
     network = config.unet if kind == "controlnet" else config
     side = 4 * (module.encoder.factor if kind == "controlnet" else module.factor)

@@ -1,25 +1,23 @@
 """Folders of diffusers: whole pipelines, and single components."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ldm.checkpoints.files import commit, read_json, read_tensors, save_tensors, write_json
+from ldm.checkpoints import diffusers_text
+from ldm.checkpoints.files import commit, read_json, save_tensors, write_json
 from ldm.checkpoints.foreign import read_component
-from ldm.checkpoints.layouts import autoencoder, dit, mmdit, scheduler, t2i_adapter, text, unet, unet_config
+from ldm.checkpoints.layouts import autoencoder, dit, mmdit, scheduler, t2i_adapter, unet, unet_config
 from ldm.checkpoints.layouts.table import Entry, Tensors, to_foreign, to_native
 from ldm.checkpoints.model import BROKEN, LoadedModel, build, config_of, keys_of, kind_of
-from ldm.models.text import TextConfig, TextPair, TextPairConfig, clip_vocabulary
+from ldm.models.text import TextEncoder, TextPair
 from ldm.models.transformers_text import TransformersText
 
 VERSION = "0.42.0"
 WEIGHTS = "diffusion_pytorch_model"
-LEFT_OUT = "left_out.safetensors"
-"""What the library's own text encoder has no room for: the blocks that the context leaves out, the projection."""
 
 PLACES = {
     "vae": "autoencoder",
@@ -60,7 +58,7 @@ def _read(path: Path, names: Sequence[str] | None, dtype: torch.dtype | None) ->
         if (path / place / "config.json").is_file() and (names is None or name in names):
             components[name] = _component(path / place, dtype)[1]
     if names is None or "text" in names:
-        components |= _text(path, dtype)
+        components |= diffusers_text.read_all(path, dtype)
     settings, notes = _settings(path, index)
     if not components and (names is None or names):  # of none only the settings are asked for
         raise ValueError(f"{path} has none of the components known here: {', '.join(PLACES)}, text_encoder")
@@ -74,7 +72,7 @@ def _component(folder: Path, dtype: torch.dtype | None) -> tuple[str, nn.Module]
     if kind == "AutoencoderKL":
         return "autoencoder", _autoencoder(folder, words, source, dtype)
     if kind in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-        clip = _clip(folder, _tokenizer_beside(folder, "vocab.json") or folder)
+        clip = diffusers_text.read_clip(folder, _tokenizer_beside(folder, "vocab.json") or folder)
         return "text", build("text", *clip, str(folder), dtype=dtype)
     if kind in TEXT_ENCODERS:
         return "text", _transformers_text(folder, words, dtype)
@@ -137,52 +135,6 @@ def _autoencoder(folder: Path, words: Mapping[str, Any], source: str, dtype: tor
     return build("autoencoder", config, native, str(folder), dtype=dtype)
 
 
-def _text(path: Path, dtype: torch.dtype | None) -> dict[str, nn.Module]:
-    folders = [path / name for name in ("text_encoder", "text_encoder_2") if (path / name / "config.json").is_file()]
-    if not folders or (path / "text_encoder_3").is_dir():
-        return {}
-    clips = [_clip(folder, path / folder.name.replace("text_encoder", "tokenizer")) for folder in folders]
-    if len(clips) == 1:
-        return {"text": build("text", *clips[0], str(folders[0]), dtype=dtype)}
-    pair = TextPairConfig(*(replace(config, skip=1, final_norm=False) for config, _ in clips))
-    state = {f"{half}.{k}": v for half, (_, s) in zip(("first", "second"), clips, strict=True) for k, v in s.items()}
-    return {"text": build("text_pair", pair, state, f"{path}/text_encoder, text_encoder_2", dtype=dtype)}
-
-
-def _clip(folder: Path, tokenizer: Path) -> tuple[TextConfig, Tensors]:
-    """CLIP's text tower, with what we left out of the folder when we wrote it."""
-    _check_vocabulary(tokenizer)
-    source = folder / "config.json"
-    config = text.from_transformers(read_json(source), str(source), pad_id=_pad_id(tokenizer))
-    tensors = {_wrapped(k): v for k, v in read_component(folder, "model").items() if not k.endswith("position_ids")}
-    state = to_native(text.transformers(config, keys_of("text", config)), tensors, str(folder))
-    if (folder / LEFT_OUT).is_file():
-        rest, recorded = read_tensors(folder / LEFT_OUT)
-        config = replace(config, **recorded)
-        state |= rest
-    return config, state
-
-
-def _wrapped(name: str) -> str:
-    return name if name.startswith((text.WRAPPER, "text_projection")) else text.WRAPPER + name
-
-
-def _pad_id(tokenizer: Path) -> int:
-    """0 where the tokenizer pads with "!", as OpenCLIP does; else the end token, as Stable Diffusion 1 does."""
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (tokenizer / name).is_file() and "pad_token" in (words := read_json(tokenizer / name)):
-            pad = words["pad_token"]
-            return 0 if (pad["content"] if isinstance(pad, dict) else pad) == "!" else text.END
-    return text.END
-
-
-def _check_vocabulary(tokenizer: Path) -> None:
-    """We read prompts with CLIP's own vocabulary; a folder with another one was trained on other ids."""
-    file = tokenizer / "vocab.json"
-    if file.is_file() and read_json(file) != clip_vocabulary()[0]:
-        raise ValueError(f"{file} is not CLIP's vocabulary, with which prompts are read here")
-
-
 def _settings(path: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     file = path / "scheduler" / "scheduler_config.json"
     diffusion, notes = scheduler.from_diffusers(read_json(file) if file.is_file() else None, str(file))
@@ -223,6 +175,8 @@ def write(model: LoadedModel, folder: Path) -> tuple[str, ...]:
         raise ValueError(
             f"a folder of diffusers is a whole pipeline or one component, not {', '.join(model.components)}"
         )
+    if not whole and any(path.startswith("text_encoder_2") for path in files):
+        raise ValueError("diffusers holds SDXL's text encoders in its pipelines alone: they say how they are heard")
     if whole:
         files |= {
             "scheduler/scheduler_config.json": scheduler.to_diffusers(model.settings["diffusion"]),
@@ -256,11 +210,8 @@ def _files(name: str, module: nn.Module, latent_size: int, size: int, notes: lis
             notes.append("the latents' statistics went into the 1x1 convolutions around them")
         words = autoencoder.to_diffusers(config, size, scale, 0.0)
         return _folder("vae", words, to_foreign(autoencoder.diffusers(config, state), state))
-    if kind == "text":
-        return _text_files(config, state, "")
-    if isinstance(module, TextPair):
-        first = _text_files(config.first, dict(module.first.state_dict()), "", whole=True)
-        return first | _text_files(config.second, dict(module.second.state_dict()), "_2", whole=True)
+    if isinstance(module, TextEncoder | TextPair):
+        return diffusers_text.files_of(module)
     if kind == "unet":
         words = unet_config.to_diffusers(config, latent_size)
         return _folder("unet", words, to_foreign(unet.diffusers(config, state), state))
@@ -285,62 +236,30 @@ def _folder(place: str, words: dict[str, Any], tensors: Tensors) -> dict[str, An
     return {f"{place}/config.json": words, f"{place}/{WEIGHTS}.safetensors": (tensors, {})}
 
 
-def _text_files(config: TextConfig, state: Tensors, suffix: str, *, whole: bool = False) -> dict[str, Any]:
-    """A text encoder and its tokenizer. Alone, its context must be its last layer: blocks beyond it go aside."""
-    folder, aside = f"text_encoder{suffix}", {}
-    kept = config
-    if not whole:
-        if not config.final_norm:
-            raise ValueError("diffusers cannot hold a lone text encoder without the final norm")
-        kept = replace(config, layers=config.layers - config.skip, skip=0, embed_dim=0)
-        beyond = tuple(f"tower.transformer.resblocks.{i}." for i in range(kept.layers, config.layers))
-        aside = {k: v for k, v in state.items() if k.startswith((*beyond, "tower.text_projection"))}
-    native = {k: v for k, v in state.items() if k not in aside}
-    files: dict[str, Any] = {
-        f"{folder}/config.json": text.to_transformers(kept),
-        f"{folder}/model.safetensors": (to_foreign(text.transformers(kept, native), native), {}),
-    }
-    if aside:
-        recorded = {"layers": config.layers, "skip": config.skip, "embed_dim": config.embed_dim}
-        files[f"{folder}/{LEFT_OUT}"] = (aside, recorded)
-    vocabulary, merges = clip_vocabulary()
-    pad = "!" if config.pad_id == 0 else "<|endoftext|>"
-    specials = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": pad,
-    }
-    place = f"tokenizer{suffix}"
-    return files | {
-        f"{place}/vocab.json": vocabulary,
-        f"{place}/merges.txt": merges,
-        f"{place}/special_tokens_map.json": specials,
-        f"{place}/tokenizer_config.json": specials
-        | {"tokenizer_class": "CLIPTokenizer", "model_max_length": config.context_length, "do_lower_case": True},
-    }
-
-
 def _index(model: LoadedModel) -> dict[str, Any]:
-    pair = isinstance(model.components["text"], TextPair)
-    if kind_of(model.components["denoiser"]) != "unet":
+    text, denoiser = model.components["text"], model.components["denoiser"]
+    if kind_of(denoiser) != "unet":
         raise ValueError("a pipeline of diffusers with a text encoder of ours needs a U-Net; convert the parts alone")
+    alone, aesthetic = diffusers_text.alone_in_xl(text), config_of(denoiser).aesthetic
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionXLPipeline" if pair else "StableDiffusionPipeline",
+        "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": VERSION,
         "vae": ["diffusers", "AutoencoderKL"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder": [None, None] if alone else ["transformers", "CLIPTextModel"],
+        "tokenizer": [None, None] if alone else ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", scheduler.class_of(model.settings["diffusion"])],
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
     }
-    if pair:
-        index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
-        index |= {"tokenizer_2": ["transformers", "CLIPTokenizer"]}
-        return index | {"force_zeros_for_empty_prompt": model.settings.get("null_prompt") is None}
-    return index | {"safety_checker": [None, None], "requires_safety_checker": False}
+    if not alone and not isinstance(text, TextPair):
+        return index | {"safety_checker": [None, None], "requires_safety_checker": False}
+    index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+    index |= {"tokenizer_2": ["transformers", "CLIPTokenizer"]}
+    index |= {"force_zeros_for_empty_prompt": model.settings.get("null_prompt") is None}
+    if aesthetic:
+        return index | {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True}
+    return index | {"_class_name": "StableDiffusionXLPipeline"}
 
 
 def _factor(model: LoadedModel) -> int:

@@ -62,7 +62,7 @@ def settings(
     found = {
         "size": size,
         "latent_scale": SCALE[family],
-        "null_prompt": None if family == "sdxl" else "",
+        "null_prompt": None if family == "sdxl" and not denoiser.aesthetic else "",
         "diffusion": {
             "schedule": schedule,
             "beta_start": start,
@@ -138,18 +138,24 @@ def _family(config: UNetConfig) -> str:
 def modelspec(denoiser: nn.Module | None, found: Mapping[str, Any], title: str) -> dict[str, str]:
     """Metadata by the ModelSpec standard 1.0.1, for the published architectures; empty for any other."""
     config = getattr(denoiser, "config", None)
-    if not isinstance(config, UNetConfig) or config.channels != 320:
+    if not isinstance(config, UNetConfig):
         return {}
     if not {"diffusion", "size"} <= found.keys():
         return {}
     predicts, size = found["diffusion"]["prediction"], found["size"]
     second = "stable-diffusion-v2-768-v" if predicts == "v" else "stable-diffusion-v2-512"
-    names = {768: "stable-diffusion-v1", 1024: second, 2048: "stable-diffusion-xl-v1-base"}
-    if config.context_dim not in names or predicts not in ("eps", "v"):
+    names = {
+        (320, 768): "stable-diffusion-v1",
+        (320, 1024): second,
+        (320, 2048): "stable-diffusion-xl-v1-base",
+        (384, 1280): "stable-diffusion-xl-v1-refiner",
+    }
+    name = names.get((config.channels, config.context_dim))
+    if name is None or predicts not in ("eps", "v"):
         return {}
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": names[config.context_dim],
+        "modelspec.architecture": name,
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
         "modelspec.title": title,
         "modelspec.resolution": f"{size}x{size}",

@@ -4,7 +4,7 @@ import hashlib
 import json
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,14 @@ def config_of(module: nn.Module) -> Any:
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Of a component's configuration and of every weight as float32, whatever file it came from; hex."""
-    digest = hashlib.sha256(json.dumps(asdict(config_of(module)), sort_keys=True).encode())
+    """Of its configuration, but for defaults, and of every weight as float32, whatever file it came from; hex.
+
+    So a setting that a later version adds leaves the hashes of those that do not use it as they are.
+    """
+    config = config_of(module)
+    usual = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
+    told = {name: value for name, value in asdict(config).items() if getattr(config, name) != usual[name]}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().data)

@@ -15,6 +15,8 @@ from ldm.checkpoints.foreign import FILES, read_file
 PAIR = ("clip_l", "clip_g")
 """SDXL's two encoders, as its files call them."""
 SINGLE = "emb_params"
+EMBEDDINGS = "embeddings"
+"""The folder of words in everybody's programs."""
 WORD = "word.safetensors"
 """In a model folder: the word that its text encoder was taught."""
 

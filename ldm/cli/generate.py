@@ -151,6 +151,10 @@ def generate(
     upscale_steps: Annotated[int, typer.Option(help="Steps of the second pass; 0 is as many as --steps.")] = 0,
     refiner: Annotated[str, typer.Option(help="A model that draws the last steps.")] = "",
     refiner_switch: Annotated[float, typer.Option(help="The share of the steps before it takes over.")] = 0.8,
+    aesthetic: Annotated[
+        str,
+        typer.Option(metavar="SCORE,SCORE", help="SDXL's refiner: how good the picture is to be, and the negative."),
+    ] = "6,2.5",
     size: Annotated[str, typer.Option(help="Pixels, N or WxH; without it, the size trained at.")] = "",
     batch: Annotated[int, typer.Option(help="Images at a time; fewer need less memory.")] = 16,
     dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32; else as stored, on a CPU fp32.")] = "",

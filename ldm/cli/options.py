@@ -59,6 +59,7 @@ class Drawing:
     upscale_strength: float = 0.7
     upscale_steps: int = 0
     refiner_switch: float = 0.8
+    aesthetic: str = "6,2.5"
     clip_skip: int = 0
     plain: bool = False
     size: str = ""
@@ -72,6 +73,15 @@ class Drawing:
         if match is None:
             raise ValueError(f"--size must be N or WxH, such as 512 or 768x512, got {self.size!r}")
         return int(match[1]), int(match[2] or match[1])
+
+    def scores(self) -> tuple[float, float]:
+        """The two of --aesthetic, "SCORE,SCORE". Raises ValueError for anything else."""
+        try:
+            ours, negative = map(float, self.aesthetic.split(","))
+        except ValueError as error:
+            message = f"--aesthetic must be SCORE,SCORE, such as 6,2.5, got {self.aesthetic!r}"
+            raise ValueError(message) from error
+        return ours, negative
 
 
 @dataclass(frozen=True)

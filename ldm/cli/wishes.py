@@ -177,6 +177,7 @@ def _request(batch: Batch, given: Any) -> "Request":
         variation=None if batch.variation is None else Variation(*batch.variation),
         upscale=upscale_of(drawing.upscale, drawing.upscale_by, drawing.upscale_strength, drawing.upscale_steps),
         switch=drawing.refiner_switch,
+        aesthetic=drawing.scores(),
         width=width,
         height=height,
         batch=drawing.batch,

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.t2i_adapter import T2IAdapter
+from ldm.models.t2i_adapter import T2IAdapter, once
 from ldm.models.typed import in_type_of
 from ldm.models.unet import UNet, UNetConfig, UNetEncoder
 from ldm.nn.blocks import zero_init
@@ -101,19 +101,21 @@ def controlled(
     cond.control holds a hint picture for each network, in their order; their maps are summed. A network whose weights
     are all 0 is not run, and with no hints this is the denoiser. Each network computes in its own type; where that is
     not the type of x, its maps are made so. Where it is, autocast may choose another, as it does for the denoiser.
+    What a T2I-adapter makes of a hint does not depend on the noise: without gradients it is made once.
     """
+    makers = [once(network) if isinstance(network, T2IAdapter) else network for network, _ in networks]
 
     def steer(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         if not cond.control:
             return denoiser(x, t, cond)
         within: tuple[Tensor, ...] = ()  # of T2I-adapters, one map per level
         after: tuple[Tensor, ...] = ()  # of ControlNets, one per skip connection and the middle
-        for (network, weight), hint in zip(networks, cond.control, strict=True):
+        for (network, weight), make, hint in zip(networks, makers, cond.control, strict=True):
             share = weight(t).to(x).view(-1, 1, 1, 1) if callable(weight) else weight
             if not (share.any() if isinstance(share, Tensor) else share):
                 continue
             own, told = in_type_of(network, x, replace(cond, control=(hint,)))
-            made = network(own, t, told)
+            made = make(own, t, told)
             maps = tuple(share * (m if own.dtype == x.dtype else m.to(x)) for m in made)
             if isinstance(network, T2IAdapter):
                 within = _summed(within, maps)

@@ -1,8 +1,10 @@
 """T2I-Adapter (Mou et al. 2023): a small network that steers a frozen U-Net by a picture, whatever the noise."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,19 +13,33 @@ from ldm.types import Conditioning
 
 @dataclass(frozen=True)
 class T2IAdapterConfig:
-    """The defaults fit Stable Diffusion 1 and 2."""
+    """The defaults fit Stable Diffusion 1 and 2; (320, 640, 1280, 1280) with factor 16 and `xl` is for SDXL."""
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)  # of the U-Net's levels, from full size down
     blocks: int = 2  # residual blocks per level
     hint_channels: int = 3  # 1 for sketches and edges
-    factor: int = 8  # pixels of the hint per pixel of x, along each side
+    factor: int = 8  # pixels of the hint per pixel of the first map, along each side
+    xl: bool = False  # maps of 1/2, 1/2, 1/4 and 1/4 of the size of x: for three levels and the middle
+
+    def __post_init__(self) -> None:
+        if self.xl and (len(self.channels) != 4 or self.channels[2] != self.channels[3] or self.factor % 2):
+            raise ValueError(
+                "t2i_adapter: xl has 4 channels, the last twice, and an even factor; "
+                f"got {self.channels} and {self.factor}"
+            )
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Channels of the levels of the U-Net that it is for."""
+        return self.channels[:3] if self.xl else self.channels
 
 
 class T2IAdapter(nn.Module):
     """x, t, cond with control = (hint [B, C, H f, W f] in [0, 1],) -> one map per level of a U-Net, largest first.
 
-    The maps are added within the U-Net's encoder (sec. 3.3), to what each level hands down. They depend on the hint
-    alone; x only says the type and the size.
+    The maps are added within the U-Net's encoder (sec. 3.3), to what each level hands down; SDXL's first to what its
+    first level becomes when halved, and its fourth to the middle. They depend on the hint alone; x only says the type
+    and the size.
     """
 
     def __init__(self, config: T2IAdapterConfig) -> None:
@@ -37,7 +53,7 @@ class T2IAdapter(nn.Module):
     @property
     def hint_factor(self) -> int:
         """Pixels of the hint per pixel of x, along each side."""
-        return self.config.factor
+        return self.config.factor // 2 if self.config.xl else self.config.factor
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, ...]:
         if len(cond.control) != 1:
@@ -48,10 +64,27 @@ class T2IAdapter(nn.Module):
             raise ValueError(f"the hint must be {expected[1]}x{expected[0]} px, got {h.shape[-1]}x{h.shape[-2]}")
         h = self.conv_in(F.pixel_unshuffle(h, self.config.factor))
         maps: list[Tensor] = []
-        for level in self.levels:
-            h = level(F.avg_pool2d(h, 2) if maps else h)
+        for i, level in enumerate(self.levels):
+            halve = i == 2 if self.config.xl else i > 0
+            h = level(F.avg_pool2d(h, 2) if halve else h)
             maps.append(h)
         return tuple(maps)
+
+
+def once(adapter: T2IAdapter) -> Callable[[Tensor, Tensor, Conditioning], tuple[Tensor, ...]]:
+    """The adapter that keeps the maps of the last hint for calls with an equal one; with gradients it is as it is."""
+    seen: tuple[Tensor, torch.Size, tuple[Tensor, ...]] | None = None  # hint, shape of x, maps
+
+    def maps(x: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, ...]:
+        nonlocal seen
+        hint = cond.control[0]
+        if torch.is_grad_enabled():
+            return adapter(x, t, cond)
+        if seen is None or (seen[0].dtype, seen[1]) != (hint.dtype, x.shape) or not torch.equal(seen[0], hint):
+            seen = hint, x.shape, adapter(x, t, cond)
+        return seen[2]
+
+    return maps
 
 
 class AdapterLevel(nn.Module):

@@ -28,6 +28,7 @@ class UNetConfig:
     pooled_dim: int = 0  # width of the pooled embedding added to the time embedding; 0 = none
     pooled_layers: int = 1  # linear layers it goes through: 1 | 2 (SDXL)
     size_dim: int = 0  # width of each of the six sinusoids of `sizes`, joined to pooled (SDXL: 256); 0 = none
+    aesthetic: bool = False  # five of them: a score in the place of the target's height and width (SDXL's refiner)
     classes: int = 0  # rows of the label embedding added to the time embedding; 0 = none
     heads: int = 8  # attention heads, when head_dim is 0
     head_dim: int = 0  # channels per head instead of a fixed number of heads (Stable Diffusion 2: 64)
@@ -49,11 +50,23 @@ class UNetConfig:
             raise ValueError(f"unet: pooled_layers must be 1 or 2, not {self.pooled_layers}")
         if self.size_dim and self.pooled_layers != 2:
             raise ValueError("unet: size_dim needs pooled_layers 2")
+        if self.aesthetic and not self.size_dim:
+            raise ValueError("unet: aesthetic needs a size_dim: the score is told as the sizes are")
 
     @property
     def factor(self) -> int:
         """H and W of x must be multiples of this."""
         return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def sizes(self) -> int:
+        """How many numbers a row of a conditioning's `sizes` has."""
+        return 5 if self.aesthetic else 6
+
+    @property
+    def added_dim(self) -> int:
+        """Width of all that is added to the time embedding by `pooled`: the pooled embedding, and the sizes."""
+        return self.pooled_dim + self.sizes * self.size_dim
 
     def heads_at(self, width: int) -> int:
         """Attention heads of a layer of that many channels."""
@@ -116,14 +129,21 @@ class UNetLevel(nn.Module):
         self.resample = resample
 
     def down(self, h: Tensor, emb: Tensor, cond: Conditioning, extra: Tensor | None = None) -> list[Tensor]:
-        """Every feature map made on the way, in order; the last one goes on down. extra: added to the last layer's."""
+        """Every feature map made on the way, in order; the last one goes on down.
+
+        extra: added to the last layer's, or, if it is of another size, to what that becomes when it is halved.
+        """
         made = []
         for layer in self.layers:
             h = layer(h, emb, cond)
             made.append(h)
-        if extra is not None:
-            h = made[-1] = h + extra
-        return made if self.resample is None else [*made, self._resampled(h, emb)]
+        if extra is not None and (self.resample is None or extra.shape[-2:] == h.shape[-2:]):
+            h, extra = h + extra, None
+            made[-1] = h
+        if self.resample is None:
+            return made
+        h = self._resampled(h, emb)
+        return [*made, h if extra is None else h + extra]
 
     def up(self, h: Tensor, skips: list[Tensor], emb: Tensor, cond: Conditioning) -> Tensor:
         """Each layer is joined by a skip connection, taken off the end of `skips`."""
@@ -142,11 +162,11 @@ class UNetEncoder(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        emb_width, pooled_width = 4 * config.channels, config.pooled_dim + 6 * config.size_dim
+        emb_width = 4 * config.channels
         self.time = nn.Sequential(nn.Linear(config.channels, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width))
         self.pooled: nn.Module | None = None
-        if pooled_width:
-            self.pooled = nn.Linear(pooled_width, emb_width)
+        if config.added_dim:
+            self.pooled = nn.Linear(config.added_dim, emb_width)
             if config.pooled_layers == 2:
                 self.pooled = nn.Sequential(self.pooled, nn.SiLU(), nn.Linear(emb_width, emb_width))
         self.label = nn.Embedding(config.classes, emb_width) if config.classes else None
@@ -180,6 +200,8 @@ class UNetEncoder(nn.Module):
             told = [_needed("pooled", cond.pooled)] if self.config.pooled_dim else []
             if self.config.size_dim:
                 sizes = _needed("sizes", cond.sizes)
+                if sizes.shape[1] != self.config.sizes:
+                    raise ValueError(f"this U-Net is told {self.config.sizes} sizes, and got {sizes.shape[1]}")
                 told.append(timestep_embedding(sizes.flatten(), self.config.size_dim).view(len(sizes), -1).to(dtype))
             emb = emb + self.pooled(torch.cat(told, dim=1))
         return emb if self.label is None else emb + self.label(_needed("label", cond.label))
@@ -189,13 +211,17 @@ class UNetEncoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """h = conv_in's output -> (the middle's output, all maps made on the way for the skip connections).
 
-        extras: added to what each level makes (T2I-adapters), or none.
+        extras: of T2I-adapters, added to what each level makes and, if there is one more, the middle; or none.
         """
-        skips = [h]
-        for level, extra in zip(self.down, extras or [None] * len(self.down), strict=True):
+        skips, levels = [h], len(self.down)
+        if len(extras) not in (0, levels, levels + 1):
+            raise ValueError(f"a U-Net of {levels} levels is told a map for each, got {len(extras)}")
+        within = [*extras, *[None] * (levels + 1 - len(extras))]
+        for level, extra in zip(self.down, within, strict=False):
             assert isinstance(level, UNetLevel)
             skips += level.down(skips[-1], emb, cond, extra)
-        return self.middle_out(self.middle(skips[-1], emb, cond), emb), skips
+        h = self.middle_out(self.middle(skips[-1], emb, cond), emb)
+        return h if within[-1] is None else h + within[-1], skips
 
 
 class UNet(UNetEncoder):
@@ -227,7 +253,8 @@ class UNet(UNetEncoder):
         h = self.conv_in(x)
         if self.config.positions:
             h = h + position_embedding(h.shape[2], h.shape[3], h.shape[1]).to(h)
-        # of T2I-adapters one map per level, of ControlNets one per skip connection and the middle; either may be absent
+        # of T2I-adapters one map per level (SDXL's: and the middle), of ControlNets one per skip connection and the
+        # middle; either may be absent
         made = len(self.skip_widths) + 1
         extras = cond.control[:-made] if len(cond.control) >= made else cond.control
         h, skips = self.encode(h, emb, cond, extras)

@@ -14,8 +14,8 @@ from ldm.models.unet import UNet
 from ldm.pipeline.companions import check_noise
 from ldm.pipeline.inputs import check_kind
 from ldm.pipeline.passes import Pass, stretch
-from ldm.pipeline.request import Control, Request
-from ldm.pipeline.told import wanted_by
+from ldm.pipeline.request import Control, Request, Steering
+from ldm.pipeline.told import scored, wanted_by
 from ldm.prompts.encode import check_skip, check_texts
 from ldm.prompts.grammar import parse
 
@@ -34,10 +34,14 @@ def check(pipeline: "Pipeline", request: Request, passes: Sequence[Pass]) -> Non
         select(pipeline.denoiser, steering.perturb, steering.perturb_how)
     if request.variance == "learned" and config.variance == "fixed":
         raise ValueError("variance 'learned' needs a model that learned it; this one did not: small or large")
+    if request.aesthetic != Request.aesthetic and not scored(pipeline):
+        raise ValueError("aesthetic scores are for SDXL's refiner, and neither this model nor its refiner is one")
     check_kind(pipeline.kind, request, getattr(getattr(pipeline.denoiser, "config", None), "classes", 0))
     if pipeline.companions.weak is not None:
         _check_weak(pipeline, pipeline.companions.weak)
     _check_sizes(pipeline, request)
+    if len({c.model.config.xl for c in request.controls if isinstance(c.model, T2IAdapter)}) > 1:
+        raise ValueError("T2I-adapters whose maps go to other places, SDXL's own and others, do not go together")
     for i, control in enumerate(request.controls):
         try:
             _check_control(pipeline, control)
@@ -52,6 +56,25 @@ def check(pipeline: "Pipeline", request: Request, passes: Sequence[Pass]) -> Non
             height, width = (side * pipeline.autoencoder.factor for side in way.shape[-2:])
             if height % (multiple := pipeline.companions.refiner.multiple) or width % multiple:
                 raise ValueError(f"the refiner draws multiples of {multiple} px, and this is to be {width}x{height}")
+
+
+def idle(pipeline: "Pipeline", request: Request) -> list[str]:
+    """What of a request does nothing because its guidance is 1.
+
+    In CFG++ and in models for editing that guides all the same. Elsewhere a negative is heard only if the weights of
+    what AND joins do not add up to 1, and perturbed layers are guidance of their own, which is rescaled too.
+    """
+    steering = request.steering
+    if request.guidance != 1 or request.plus_plus or pipeline.kind == "editing":
+        return []
+    names = ["parallel", "momentum", "norm", *([] if steering.perturb else ["rescale", "interval"])]
+    found = [name for name in names if getattr(steering, name) != getattr(Steering, name)]
+    weights = [[branch.weight for branch in parse(prompt).branches] for prompt in request.prompts if not request.plain]
+    if any(sum(each) != 1 for each in weights):
+        return found
+    negative = ["the negative prompt"] if request.negative else []
+    negative += ["the negative's aesthetic score"] if request.aesthetic[1] != Request.aesthetic[1] else []
+    return negative + found
 
 
 def _check_prompts(pipeline: "Pipeline", request: Request, passes: Sequence[Pass]) -> None:
@@ -114,7 +137,7 @@ def _check_control(pipeline: "Pipeline", control: Control) -> None:
     config = denoiser.config
     levels = tuple(config.channels * multiplier for multiplier in config.multipliers)
     if isinstance(network, T2IAdapter):
-        theirs, ours = network.config.channels, levels
+        theirs, ours = network.config.levels, levels
     else:
         own = network.encoder.config
         theirs, ours = (*network.encoder.skip_widths, own.context_dim), (*denoiser.skip_widths, config.context_dim)

@@ -22,14 +22,14 @@ from ldm.models.typed import in_type_of
 from ldm.nn.cpu import for_cpu
 from ldm.nn.offload import at_work, offload
 from ldm.pipeline.begin import begun, enlarged
-from ldm.pipeline.checks import check
+from ldm.pipeline.checks import check, idle
 from ldm.pipeline.companions import Companions
 from ldm.pipeline.control import Batch, by_script, completing, steered
 from ldm.pipeline.inputs import home, kind_of, reseeded, shown
 from ldm.pipeline.passes import Pass, handed_over, on_the_sphere, passes_of, strength_of, stretch
 from ldm.pipeline.request import Request
 from ldm.pipeline.settings import settings_of
-from ldm.pipeline.told import Teller, wanted_by
+from ldm.pipeline.told import Teller, sized, wanted_by
 from ldm.types import Conditioning, Denoiser
 
 log = logging.getLogger(__name__)
@@ -151,6 +151,8 @@ class Pipeline:
         """
         passes = self._passes(request)
         check(self, request, passes)
+        if unused := idle(self, request):
+            log.warning("at guidance 1 these have no effect: %s", ", ".join(unused))
         return self._steps(request, passes)
 
     @torch.inference_mode()
@@ -187,7 +189,8 @@ class Pipeline:
             raise ValueError(f"{self.name or 'this model'} is for {self.kind}: prompts alone do not make its estimate")
         with at_work(self.text):
             told = self._placed(self.text(list(prompts)))
-        cond = self._told_sizes(told, tuple(shape))
+        height, width = (side * self.autoencoder.factor for side in shape[-2:])
+        cond = sized(self.denoiser, told, height, width, Request.aesthetic[0])
         return self.diffusion.for_size(*shape[-2:]).denoise(self._network, cond)
 
     @property
@@ -320,20 +323,17 @@ class Pipeline:
         return Teller(self.text, request, self._placed, self.null_prompt, negative=negative and guided)
 
     def _batch(self, request: Request, rows: slice, way: Pass, tell: Teller) -> Batch:
-        told = tell(rows, way.levels)
-        cond, uncond = (self._told_sizes(c, way.shape) for c in (told.cond, told.uncond))
-        return Batch(request, rows, way, cond, uncond, told.script, self._decode)
+        height, width = (side * self.autoencoder.factor for side in way.shape[-2:])
+
+        def with_sizes(cond: Conditioning, negative: bool) -> Conditioning:
+            return sized(self.denoiser, cond, height, width, request.aesthetic[negative])
+
+        told = tell(rows, way.levels).sized(with_sizes)
+        return Batch(request, rows, way, told.cond, told.uncond, told.script, self._decode)
 
     def _placed(self, told: Conditioning) -> Conditioning:
         device, dtype = home(self.denoiser)
         return told.map(lambda v: v.to(device, dtype if v.is_floating_point() else v.dtype))
-
-    def _told_sizes(self, cond: Conditioning, shape: tuple[int, ...]) -> Conditioning:
-        """With the sizes that SDXL asks for; an empty one stays so."""
-        if cond.context is None or not getattr(getattr(self.denoiser, "config", None), "size_dim", 0):
-            return cond
-        height, width = (side * self.autoencoder.factor for side in shape[-2:])
-        return cond.sized(height, width)
 
 
 def _seeds(seeds: tuple[int, ...], before: Tensor | None) -> tuple[int, ...]:

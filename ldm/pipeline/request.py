@@ -164,6 +164,7 @@ class Request:
     variation: Variation | None = None
     upscale: Upscale | None = None
     switch: float = 0.8  # the share of the steps after which the pipeline's refiner, if it has one, takes over
+    aesthetic: tuple[float, float] = (6.0, 2.5)  # SDXL's refiner is told: scores of the prompts and of the negative
     spacing: str | None = None  # None means what the sampler's name says ("DPM++ 2M Karras"), or the model's own
     width: int | None = None  # px; None means the size of the given picture, or the size the model was trained at
     height: int | None = None
@@ -189,6 +190,10 @@ class Request:
             )
         if not 0 < self.switch < 1:
             raise ValueError(f"the switch to the refiner must be a share of the steps in 0..1, got {self.switch}")
+        if len(self.aesthetic) != 2 or not all(map(math.isfinite, self.aesthetic)):
+            raise ValueError(
+                f"aesthetic is two scores, of the prompts and of the negative, such as 6 and 2.5; got {self.aesthetic}"
+            )
         if self.plain and self.clip_skip is not None:
             raise ValueError("plain prompts are read as the model was trained: without clip_skip")
         if not self.plain:

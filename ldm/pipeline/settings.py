@@ -13,7 +13,7 @@ from ldm.models.text import TextPair
 from ldm.pipeline.given import Given
 from ldm.pipeline.passes import strength_of
 from ldm.pipeline.request import UPSCALERS, Control, Request, Steering
-from ldm.pipeline.told import wanted_by
+from ldm.pipeline.told import scored, wanted_by
 
 if TYPE_CHECKING:
     from ldm.pipeline.pipeline import Pipeline
@@ -47,6 +47,8 @@ def settings_of(pipeline: "Pipeline", request: Request, index: int) -> dict[str,
     settings |= {f"ControlNet {i}": _control(control) for i, control in enumerate(request.controls)}
     if companions.refiner is not None:
         settings |= {"Refiner": companions.refiner.name, "Refiner switch at": request.switch}
+    if scored(pipeline):
+        settings |= dict(zip(("Aesthetic score", "Negative aesthetic score"), request.aesthetic, strict=True))
     if companions.weak is not None:
         settings |= {"Weak model": companions.weak_name}
     for field in fields(Steering):

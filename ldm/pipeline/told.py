@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,13 @@ from ldm.prompts.grammar import parse
 from ldm.prompts.schedule import Scheduled, conditions
 from ldm.types import Conditioning, Denoiser
 
+if TYPE_CHECKING:
+    from ldm.pipeline.pipeline import Pipeline
+
 Place = Callable[[Conditioning], Conditioning]
 """A conditioning to where, and to the type in which, the network computes."""
+Sized = Callable[[Conditioning, bool], Conditioning]
+"""A conditioning, whether it is the negative -> the same with the sizes that the network is told with it."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,14 @@ class Script:
     def of(cls, prompts: Scheduled, negative: Scheduled | None, levels: NoiseLevel) -> "Script":
         parts = [prompts.told] if negative is None else [prompts.told, negative.told]
         return cls(prompts, negative, Conditioning.cat(same_length(parts)), step_at(levels))
+
+    def sized(self, change: Sized) -> "Script":
+        """With sizes to each text."""
+        count = len(_rows(self.prompts.told))
+        parts = [change(self.told[:count], False)]
+        if self.negative is not None:
+            parts.append(change(self.told[count:], True))
+        return replace(self, told=Conditioning.cat(parts))
 
     def conditionings(self, count: int) -> tuple[Conditioning, Conditioning]:
         """Of the `count` prompts, and of the negative; empty if there is none."""
@@ -87,7 +101,7 @@ class Script:
 
     def _told(self, cond: Conditioning, texts: Sequence[int]) -> Conditioning:
         told = self.told[list(texts)]
-        return replace(cond, context=told.context, pooled=told.pooled, mask=told.mask)
+        return replace(cond, context=told.context, pooled=told.pooled, mask=told.mask, sizes=told.sizes)
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,12 @@ class Telling:
     cond: Conditioning
     uncond: Conditioning
     script: Script | None = None  # None: the two say it all, at every step
+
+    def sized(self, change: Sized) -> "Telling":
+        """With sizes to each text."""
+        if self.script is not None:
+            return replace(self, script=self.script.sized(change))
+        return Telling(change(self.cond, False), change(self.uncond, True))
 
 
 class Teller:
@@ -153,6 +173,29 @@ class Teller:
                 told = self.place(read(some))
             self._known |= {text: told[i : i + 1] for i, text in enumerate(some)}
         return Conditioning.cat(same_length([self._known[text] for text in texts]))
+
+
+def sized(denoiser: Any, told: Conditioning, height: int, width: int, aesthetic: float) -> Conditioning:
+    """With the sizes of a picture of height x width px, if the denoiser is told any; an empty conditioning stays so.
+
+    As a picture that was never larger, nor cropped (SDXL), or the same with its score in the place of the target's
+    size (SDXL's refiner).
+    """
+    config = getattr(denoiser, "config", None)
+    if told.context is None or not getattr(config, "size_dim", 0):
+        return told
+    told = told.sized(height, width)
+    if told.sizes is None or not getattr(config, "aesthetic", False):
+        return told
+    score = told.sizes.new_full((len(told.sizes), 1), aesthetic, dtype=torch.float32)
+    return replace(told, sizes=torch.cat([told.sizes[:, :4], score], dim=1))
+
+
+def scored(pipeline: "Pipeline") -> bool:
+    """Whether the pipeline's denoiser or that of its refiner is told an aesthetic score."""
+    refiner = pipeline.companions.refiner
+    denoisers = [pipeline.denoiser] if refiner is None else [pipeline.denoiser, refiner.denoiser]
+    return any(getattr(getattr(denoiser, "config", None), "aesthetic", False) for denoiser in denoisers)
 
 
 def wanted_by(request: Request) -> list[Wanted]:

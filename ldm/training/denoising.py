@@ -231,6 +231,8 @@ class LatentTask(Task):
 
     def _sizes(self, batch: Batch, height: int, width: int) -> Tensor:
         """[B, 6], as in a batch; for latents of height x width of pictures that were never larger, nor cropped."""
+        if bare(self.denoiser).config.aesthetic:
+            raise ValueError("SDXL's refiner is told how a picture is liked, which no batch says: it cannot be trained")
         if batch.sizes is not None:
             return batch.sizes
         sides = [side * self.autoencoder.factor for side in (height, width)]

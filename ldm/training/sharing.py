@@ -15,7 +15,7 @@ from ldm.checkpoints import textual_inversion
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.files import newest_valid, sha256
 from ldm.checkpoints.load import base_of
-from ldm.checkpoints.textual_inversion import WORD, TextualInversion
+from ldm.checkpoints.textual_inversion import EMBEDDINGS, WORD, TextualInversion
 from ldm.training.state import best_checkpoint
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def share(out: Path, told: Mapping[str, Any]) -> list[Path]:
 def _share_word(inversion: TextualInversion, shared: Path) -> list[Path]:
     """For AUTOMATIC1111 and ComfyUI, whose folder of words has that name, and for diffusers."""
     name = inversion.word.replace("/", "-")
-    places = {"native": shared / "embeddings" / f"{name}.safetensors"}
+    places = {"native": shared / EMBEDDINGS / f"{name}.safetensors"}
     places["diffusers"] = shared / "diffusers" / "learned_embeds.safetensors"
     for dialect, path in places.items():
         textual_inversion.write(inversion, path, dialect)

@@ -50,12 +50,16 @@ def make(family: str, channels: int = 32) -> LoadedModel:
     )
     xl = small | LINEAR | dict(multipliers=(1, 2, 4), depths=(0, 1, 2), middle_depth=2, context_dim=40)
     xl |= dict(pooled_dim=1280, pooled_layers=2, size_dim=256)
+    refining = xl | dict(depths=(0, 2, 0), context_dim=24, aesthetic=True)
     alone: dict[str, dict[str, nn.Module]] = {
         "autoencoder": {"autoencoder": tiny_autoencoder(0.18215, attention_levels=(1,), latent_channels=16)},
         "controlnet": {
             "controlnet": randomised(ControlNet(ControlNetConfig(UNetConfig(**small), hint_widths=(8, 16))))
         },
         "t2i_adapter": {"t2i_adapter": randomised(T2IAdapter(T2IAdapterConfig((8, 16, 16))))},
+        "t2i_adapter_xl": {
+            "t2i_adapter": randomised(T2IAdapter(T2IAdapterConfig((8, 16, 24, 24), factor=16, xl=True)))
+        },
         "dit": {"denoiser": randomised(DiT(DiTConfig(width=72, depth=2, heads=1, classes=5)))},
         "diffusers dit": {
             "denoiser": randomised(
@@ -85,6 +89,7 @@ def make(family: str, channels: int = 32) -> LoadedModel:
         "sd1": lambda: text_to_image(small, TextEncoder(CLIP)),
         "sd2": lambda: text_to_image(small | LINEAR, TextEncoder(OPEN_CLIP), prediction="v"),
         "sdxl": lambda: text_to_image(xl, TextPair(pair), 0.13025, null_prompt=None),
+        "refiner": lambda: text_to_image(refining, TextEncoder(pair.second), 0.13025),
         "inpainting": lambda: text_to_image(small | dict(in_channels=9), TextEncoder(CLIP)),
         "depth": lambda: text_to_image(small | LINEAR | dict(in_channels=5), TextEncoder(OPEN_CLIP)),
         "x4 upscaler": lambda: text_to_image(

@@ -14,11 +14,12 @@ from ldm.checkpoints.load import save_model
 from ldm.images import open_picture, read_settings, save_png, to_pil
 from ldm.pipeline import Companions, Pipeline
 from tests.pipeline.small import CHANNELS, DEPTH, HINT, MASK, PICTURE, controlnet, small
+from tests.pipeline.test_aesthetic import telling
 
 
 @pytest.fixture(scope="module")
 def pipelines():
-    return {kind: small(kind) for kind in CHANNELS}
+    return {kind: small(kind) for kind in CHANNELS} | {"refining": telling()[0]}
 
 
 @pytest.fixture
@@ -114,6 +115,17 @@ def test_a_second_pass_and_a_refiner(run):
     assert settings["Refiner"] == "plain" and settings["Refiner switch at"] == 0.5
 
 
+def test_the_scores_that_a_refiner_is_told(run):
+    words = ["--refiner", "refining", "--refiner-switch", 0.5]
+    settings, usual = run("plain", *words)
+    assert (settings["Aesthetic score"], settings["Negative aesthetic score"]) == (6.0, 2.5)
+    settings, drawn = run("plain", *words, "--aesthetic", "8,1")
+    assert (settings["Aesthetic score"], settings["Negative aesthetic score"]) == (8.0, 1.0)
+    assert not torch.equal(drawn, usual)
+    by_itself, _ = run("refining", "--image", "picture.png", "--strength", 0.5, "--aesthetic", "8,1")
+    assert by_itself["Aesthetic score"] == 8.0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -133,6 +145,9 @@ def test_a_second_pass_and_a_refiner(run):
         (["--variation", "7"], "--variation must be SEED:STRENGTH"),
         (["--upscale", 0.5], "scale to upscale by must be at least 1"),
         (["--refiner", "depth"], "is a model for depth"),
+        (["--aesthetic", "7"], "--aesthetic must be SCORE,SCORE, such as 6,2.5, got '7'"),
+        (["--aesthetic", "7,high"], "--aesthetic must be SCORE,SCORE"),
+        (["--aesthetic", "7,2"], "aesthetic scores are for SDXL's refiner"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run, words, message, folder):

@@ -30,7 +30,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import compvis, diffusers
+from ldm.checkpoints import compvis, diffusers, diffusers_text
 from ldm.checkpoints.layouts import autoencoder, dit, mmdit, text, unet
 from ldm.checkpoints.layouts.table import Entry, to_foreign, to_native
 from ldm.checkpoints.model import KINDS
@@ -263,7 +263,7 @@ def test_text_encoder_of_a_folder(name: str, folder: str) -> None:
     manifest = place(read(name), folder)
     with torch.device("meta"):
         model = getattr(transformers, words["architectures"][0])(transformers.CLIPTextConfig(**words))
-    theirs = {diffusers._wrapped(k): v for k, v in model.state_dict().items() if not k.endswith("position_ids")}
+    theirs = {diffusers_text.wrapped(k): v for k, v in model.state_dict().items() if not k.endswith("position_ids")}
     assert shapes(theirs) == manifest
     assert text.from_transformers(words, name, pad_id=config.pad_id) == config
     state = ours("text", config)

@@ -68,7 +68,7 @@ def test_a_folder_that_diffusers_saved(tmp_path: Path) -> None:
     assert np.array_equal(ours(tmp_path / "a", "ddim", 3), ours(tmp_path / "b", "ddim", 3))
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "inpainting"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "refiner", "inpainting"])
 @torch.no_grad()
 def test_the_library_reads_our_single_file(family: str, tmp_path: Path) -> None:
     """Its own reader of CompVis files gives the tensors that its folder has: our names are the published ones."""

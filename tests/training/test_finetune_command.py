@@ -18,6 +18,7 @@ from data_pipeline.reader import ShardReader
 from data_pipeline.sources.shapes import ShapesConfig, ShapesSource
 from ldm.adapters import files
 from ldm.adapters.adapter import Adapter
+from ldm.adapters.library import adapters_in
 from ldm.adapters.lora import merge
 from ldm.adapters.textual_inversion import load_embeddings
 from ldm.adapters.tuned import load_tuned
@@ -327,6 +328,7 @@ def test_a_word_and_an_adapter_are_shared_together(models: dict[str, Path], pict
     assert fixed_batch(open_data(drawn), drawn, 4).captions == ["a circle", "a square", "a circle", "a square"]
     components = load_model(models["denoising"]).components
     assert load_embeddings(components["text"], out / "shared" / "embeddings") == ["zorp"]
+    assert adapters_in(out / "shared").keys() == {"zorp", "diffusers"}  # the word's own file, of the same name, is none
     shared = files.read(out / "shared" / "zorp.safetensors", components)
     assert torch.equal(shared.words["zorp"][0], components["text"].words.vectors["zorp"])  # type: ignore[union-attr, index]
     merge(components, shared)

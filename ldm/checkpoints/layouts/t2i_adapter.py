@@ -38,9 +38,13 @@ def _table(
 
 def from_diffusers(words: Mapping[str, Any], source: str) -> T2IAdapterConfig:
     """From the config.json of a T2IAdapter. Raises ValueError, naming `source`, for another kind of it."""
-    fixed(words, {"adapter_type": ("full_adapter",)}, source)
+    fixed(words, {"adapter_type": ("full_adapter", "full_adapter_xl")}, source)
     return T2IAdapterConfig(
-        tuple(words["channels"]), words["num_res_blocks"], words["in_channels"], words["downscale_factor"]
+        tuple(words["channels"]),
+        words["num_res_blocks"],
+        words["in_channels"],
+        words["downscale_factor"],
+        words["adapter_type"] == "full_adapter_xl",
     )
 
 
@@ -48,7 +52,7 @@ def to_diffusers(config: T2IAdapterConfig) -> dict[str, Any]:
     """The config.json of a T2IAdapter."""
     return {
         "_class_name": "T2IAdapter",
-        "adapter_type": "full_adapter",
+        "adapter_type": "full_adapter_xl" if config.xl else "full_adapter",
         "channels": list(config.channels),
         "num_res_blocks": config.blocks,
         "in_channels": config.hint_channels,
@@ -59,12 +63,14 @@ def to_diffusers(config: T2IAdapterConfig) -> dict[str, Any]:
 def infer(shapes: Shapes) -> T2IAdapterConfig:
     """The config of TencentARC's file from names and shapes: 8 px a latent, 2 blocks a level, as all of them have.
 
-    Raises ValueError for a file with other blocks: light adapters and those for SDXL.
+    Raises ValueError for a file with other blocks, as light adapters have.
     """
     found = {int(match[1]): name for name in shapes if (match := re.fullmatch(r"body\.(\d+)\.block1\.weight", name))}
     widths = [shapes[found[i]][0] for i in sorted(found)]
-    told = shapes.get("conv_in.weight", (0, 0))[1]  # 1 or 3 channels of 8 x 8 px; SDXL's has 16 x 16
+    told = shapes.get("conv_in.weight", (0, 0))[1]  # 1 or 3 channels of 8 x 8 px, or of 16 x 16 in SDXL's
     whole = found and sorted(found) == [*range(len(found))] and widths[::2] == widths[1::2]
-    if not whole or told not in (64, 192):
-        raise ValueError("it is a T2I-adapter of another kind than those of full size for Stable Diffusion 1 and 2")
-    return T2IAdapterConfig(tuple(widths[::2]), 2, told // 64, 8)
+    if not whole or told not in (64, 192, 256, 768):
+        raise ValueError("it is a T2I-adapter of another kind than those of full size for Stable Diffusion 1, 2 and XL")
+    xl = told in (256, 768)
+    factor = 16 if xl else 8
+    return T2IAdapterConfig(tuple(widths[::2]), 2, told // factor**2, factor, xl)

@@ -9,8 +9,7 @@ from ldm.models.controlnet import ControlNetConfig
 from ldm.models.unet import UNetConfig
 
 SDXL, REFINER, SIZE_DIM = 2816, 2560, 256
-"""Widths that SDXL's label network takes in, base and refiner, and of each sinusoid of a size among it. The refiner
-is told an aesthetic score in the place of a size, which we are not."""
+"""Widths of what SDXL's label network takes in, base and refiner: 1280 of the text and 6 or 5 sinusoids of so many."""
 
 FIXED: dict[str, tuple[Any, ...]] = {  # what we do not vary: the values that mean what we do
     "act_fn": ("silu",),
@@ -46,8 +45,7 @@ def infer(shapes: Shapes) -> UNetConfig:
     """The config of a CompVis U-Net or ControlNet (names as below `model.diffusion_model.`) from names and shapes.
 
     The number of heads leaves no trace in them. The rule: 64 channels a head where projections are linear and there
-    is no label (Stable Diffusion 2, SDXL), else 8 heads (Stable Diffusion 1, the x4 upscaler). Raises ValueError for
-    SDXL's refiner.
+    is no label (Stable Diffusion 2, SDXL), else 8 heads (Stable Diffusion 1, the x4 upscaler).
     """
     channels = shapes["input_blocks.0.0.weight"][0]
     total = max(int(k.split(".")[1]) for k in shapes if k.startswith("input_blocks."))
@@ -59,25 +57,20 @@ def infer(shapes: Shapes) -> UNetConfig:
     blocks = min(halved or doubled or [total])
     firsts = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range((total + 1) // (blocks + 1))]
     text = next((v[1] for k, v in shapes.items() if k.endswith("attn2.to_k.weight")), 0)
-    pooled, classes = shapes.get("label_emb.0.0.weight", (0, 0))[1], shapes.get("label_emb.weight", (0,))[0]
-    size_dim = SIZE_DIM if pooled == SDXL else 0
+    width, classes = shapes.get("label_emb.0.0.weight", (0, 0))[1], shapes.get("label_emb.weight", (0,))[0]
     linear = any(k.endswith(".proj_in.weight") and len(v) == 2 for k, v in shapes.items())
-    if pooled == REFINER:
-        raise ValueError("it is SDXL's refiner, which is told an aesthetic score")
     widths = [shapes[f"{first}.0.out_layers.3.weight"][0] for first in firsts]
     return UNetConfig(
         in_channels=shapes["input_blocks.0.0.weight"][1],
         out_channels=shapes.get("out.2.weight", (4,))[0],
         channels=channels,
-        multipliers=tuple(width // channels for width in widths),
+        multipliers=tuple(w // channels for w in widths),
         blocks=blocks,
         depths=tuple(_depth(shapes, f"{first}.1") for first in firsts),
         middle_depth=_depth(shapes, "middle_block.1"),
         context_dim=text,
         cross_only=tuple(level for level, first in enumerate(firsts) if _cross_only(shapes, first)),
-        pooled_dim=pooled - 6 * size_dim,
-        pooled_layers=2 if pooled else 1,
-        size_dim=size_dim,
+        **_added(width, SIZE_DIM if width in (SDXL, REFINER) else 0),
         classes=classes,
         heads=8,
         head_dim=64 if linear and not classes else 0,
@@ -85,6 +78,13 @@ def infer(shapes: Shapes) -> UNetConfig:
         scale_shift=shapes["input_blocks.1.0.emb_layers.1.weight"][0] == 2 * widths[0],
         residual_resample=not halved and len(widths) > 1,
     )
+
+
+def _added(width: int, size_dim: int) -> dict[str, Any]:
+    """What a label network of that width says of a config. No file says otherwise who is told an aesthetic score."""
+    aesthetic = (width, size_dim) == (REFINER, SIZE_DIM)
+    pooled = width - (5 if aesthetic else 6) * size_dim
+    return {"pooled_dim": pooled, "pooled_layers": 2 if width else 1, "size_dim": size_dim, "aesthetic": aesthetic}
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
@@ -123,9 +123,7 @@ def from_diffusers(config: Mapping[str, Any], source: str) -> UNetConfig:
     addition = config.get("addition_embed_type")
     if addition not in (None, "text_time"):
         raise ValueError(f"{source}: addition_embed_type {addition!r} is not supported")
-    size_dim = config["addition_time_embed_dim"] if addition else 0
-    if addition and config["projection_class_embeddings_input_dim"] == REFINER:
-        raise ValueError(f"{source}: it is SDXL's refiner, which is told an aesthetic score; that is not supported")
+    added = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
     middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn") == "UNetMidBlock2DCrossAttn"
     middle = bool(config.get("add_attention", True)) if plain else middle
     return UNetConfig(
@@ -138,9 +136,7 @@ def from_diffusers(config: Mapping[str, Any], source: str) -> UNetConfig:
         middle_depth=depths[-1] if middle else 0,
         context_dim=0 if plain else config["cross_attention_dim"],
         cross_only=tuple(level for level in levels if cross[level] and attends[level]),
-        pooled_dim=config["projection_class_embeddings_input_dim"] - 6 * size_dim if addition else 0,
-        pooled_layers=2 if addition else 1,
-        size_dim=size_dim,
+        **_added(*(config[key] if addition else 0 for key in added)),
         classes=config.get("num_class_embeds") or 0,
         heads=heads,
         head_dim=head_dim,
@@ -196,6 +192,9 @@ def to_diffusers(config: UNetConfig, size: int) -> dict[str, Any]:
             "downsample_type": "resnet" if config.residual_resample else "conv",
             "upsample_type": "resnet" if config.residual_resample else "conv",
         }
+    if _added(config.added_dim, config.size_dim)["aesthetic"] != config.aesthetic:
+        raise ValueError(f"diffusers knows who is told an aesthetic score by a width of {REFINER} of pooled_dim and "
+                         f"sizes together; this one has {config.added_dim}")  # fmt: skip
     last = config.depths[-1]
     if config.residual_resample or (last and config.middle_depth not in (0, last)):
         raise ValueError("diffusers cannot hold a U-Net with text and residual_resample, or one with another depth in "
@@ -214,7 +213,7 @@ def to_diffusers(config: UNetConfig, size: int) -> dict[str, Any]:
         "use_linear_projection": config.linear_projection,
         "addition_embed_type": "text_time" if config.size_dim else None,
         "addition_time_embed_dim": config.size_dim or None,
-        "projection_class_embeddings_input_dim": config.pooled_dim + 6 * config.size_dim or None,
+        "projection_class_embeddings_input_dim": config.added_dim or None,
     }
 
 
