@@ -51,6 +51,8 @@ class Subject:
     def __post_init__(self) -> None:
         if self.class_pictures < 1:
             raise ValueError(f"class pictures must be 1 or more, not {self.class_pictures}")
+        if self.class_folder and len(self.class_prompts) > 1:
+            raise ValueError("of a class folder one class prompt is the caption of pictures without: give one at most")
         if self.has_class and (self.masks or self.conditions):
             raise ValueError("masks and conditions are of the subject alone: leave them out, or the class")
 
@@ -93,7 +95,8 @@ def with_class(subject: Subject, model: str, data: DataConfig, out: Path, guidan
     assert data.size is not None
     if subject.class_folder:
         caption = subject.class_prompts[0] if subject.class_prompts else ""
-        config = PrepareConfig(data.size, _keeps_shape(data), caption, holdout=0, workers=data.workers)
+        holdout = None if Path(subject.class_folder, shards.INDEX).is_file() else 0  # of finished shards none is asked
+        config = PrepareConfig(data.size, _keeps_shape(data), caption, holdout=holdout, workers=data.workers)
         found = prepare_folder(subject.class_folder, out / "class", config)
         paths, repeats = found.folders, found.repeats
     else:

@@ -291,6 +291,11 @@ def test_class_pictures_of_ones_own(base: Path, shards: Path, tmp_path: Path) ->
     batch = next(iter(Loader(readers, data, batch_size=30, seed=0)))
     assert batch.prior is not None and int(batch.prior.sum()) == 15
     assert {c for c, p in zip(batch.captions, batch.prior.tolist(), strict=True) if p} == {"a red circle", "a shape"}
+    finished = Subject("", class_folder=str(data.paths[1]))
+    again = with_class(finished, str(base), replace(config.data, repeats=(2.0,)), tmp_path, 1.5)
+    assert again.paths == (*config.data.paths, data.paths[1])
+    with pytest.raises(ValueError, match="give one at most"):
+        Subject("", class_folder=str(pictures), class_prompts=("a shape", "a circle"))
 
 
 def test_a_whole_model_keeps_its_word_beside_it(base: Path, shards: Path, tmp_path: Path) -> None:
