@@ -6,6 +6,7 @@ the change is added to the weights, so that no step costs more and every kind of
 W + w (W' - W), where W' is what the adapter was trained to be, DoRA's too.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -108,6 +109,8 @@ def _peft() -> Any:
     from ldm.models.text import import_open_clip
 
     import_open_clip()
+    # which imports bitsandbytes, which on some CPUs warns that kernels could be downloaded, for what is not done here
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import peft
 
     return peft
