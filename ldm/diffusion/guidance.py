@@ -96,13 +96,7 @@ def plus_plus(levels: NoiseLevel, strength: float) -> Callable[[Tensor], Tensor]
         raise ValueError(f"the guidance of CFG++ must be in 0..1, got {strength}")
     left = levels.alpha[:-1] * levels.sigma[1:] / (levels.sigma[:-1] * levels.alpha[1:])  # ratio below / ratio
     scales = strength / (1 - left)
-    upper = levels.t[:-1] + 1e-4  # what the network is told is rounded to float32
-
-    def scale(t: Tensor) -> Tensor:
-        index = (upper >= t.double().cpu()[:, None]).sum(1) - 1
-        return scales[index.clamp(min=0)].to(t)
-
-    return scale
+    return lambda t: scales[levels.steps_of(t)].to(t)
 
 
 def adaptive_projected(

@@ -39,6 +39,14 @@ class NoiseLevel:
         """The level at one place of a trajectory."""
         return NoiseLevel(self.t[index], self.alpha[index], self.sigma[index])
 
+    def steps_of(self, t: Tensor) -> Tensor:
+        """Of a trajectory: t [B], as the network is told it -> the step of each, from 0, int64 [B] on the CPU.
+
+        Between two levels it is that of the upper one.
+        """
+        upper = self.t[:-1].double().cpu() + 1e-4  # what a network is told is rounded to float32
+        return ((upper >= t.double().cpu()[:, None]).sum(1) - 1).clamp(min=0)
+
     def like(self, x: Tensor) -> "NoiseLevel":
         """Levels [B] shaped to multiply x [B, ...], in its type, on its device; a scalar level as it is."""
         if self.alpha.ndim == 0:

@@ -13,9 +13,6 @@ from ldm.pipeline.given import STRENGTH
 from ldm.pipeline.request import Request
 from ldm.types import Conditioning, Denoiser
 
-MARGIN = 1e-4
-"""Of bounds in t: what a network is told is rounded to float32."""
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -90,19 +87,12 @@ def stretch(levels: NoiseLevel, start: float, end: float = 1.0) -> Callable[[Ten
     inside = [i for i in range(count) if start <= i / count and (i + 1) / count <= end]
     if not inside:
         raise ValueError(f"from share {start} to share {end} of {count} steps there is none")
-    step_of = step_at(levels)
 
     def belongs(t: Tensor) -> Tensor:
-        step = step_of(t)
+        step = levels.steps_of(t)
         return ((step >= inside[0]) & (step <= inside[-1])).to(t.device)
 
     return belongs
-
-
-def step_at(levels: NoiseLevel) -> Callable[[Tensor], Tensor]:
-    """t [B] -> the step of each, from 0, int64 [B] on the CPU; between two levels it is that of the upper one."""
-    upper = levels.t[:-1].double().cpu() + MARGIN
-    return lambda t: ((upper >= t.double().cpu()[:, None]).sum(1) - 1).clamp(min=0)
 
 
 def handed_over(first: Denoiser, second: Denoiser, told: Conditioning, late: Callable[[Tensor], Tensor]) -> Denoiser:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ldm.adapters.library import Wanted
 from ldm.diffusion.noise import NoiseLevel
 from ldm.nn.offload import at_work
-from ldm.pipeline.passes import step_at
 from ldm.pipeline.request import Request
 from ldm.prompts.encode import encode, same_length
 from ldm.prompts.grammar import parse
@@ -43,7 +42,7 @@ class Script:
     @classmethod
     def of(cls, prompts: Scheduled, negative: Scheduled | None, levels: NoiseLevel) -> "Script":
         parts = [prompts.told] if negative is None else [prompts.told, negative.told]
-        return cls(prompts, negative, Conditioning.cat(same_length(parts)), step_at(levels))
+        return cls(prompts, negative, Conditioning.cat(same_length(parts)), levels.steps_of)
 
     def sized(self, change: Sized) -> "Script":
         """With sizes to each text."""
