@@ -71,6 +71,12 @@ def grid(images: Tensor | Sequence[Image.Image], columns: int, padding: int = 2,
     return sheet
 
 
+def legible(picture: Image.Image, least: int = 128) -> Image.Image:
+    """The picture, magnified by a whole number with hard pixel edges if both its sides are below `least` px."""
+    times = least // max(picture.size)
+    return picture if times < 2 else ImageOps.scale(picture, times, Image.Resampling.NEAREST)
+
+
 def save_png(
     image: Image.Image,
     path: str | Path,

@@ -55,12 +55,13 @@ def write_page(folder: Path) -> Path:
 def _figure(path: Path) -> str:
     from PIL import Image
 
-    from ldm.images import read_settings
+    from ldm.images import legible, read_settings
 
     settings = read_settings(path)
     with Image.open(path) as image:
         small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    small = legible(small)
     thumbnail = io.BytesIO()
     small.save(thumbnail, "JPEG", quality=88)
     data = base64.b64encode(thumbnail.getvalue()).decode()

@@ -119,10 +119,12 @@ def cells(wanted: Sequence[Wish], along: Sequence[Axis]) -> list[Wish]:
 
 def sheets(pictures: Sequence["Image.Image"], along: Sequence[Axis], wanted: int) -> list["Image.Image"]:
     """Pictures in the order of `cells`, `wanted` of each cell -> a labelled sheet for each wish and value of z."""
+    from ldm.images import legible
+
     columns, rows, layers = (axis.labels for axis in (*along, *[Axis("prompt", ("",))] * (MOST - len(along))))
     found = []
     for wish in range(wanted):
-        own = list(pictures[wish::wanted])
+        own = [legible(picture) for picture in pictures[wish::wanted]]
         for number, title in enumerate(layers):
             start = number * len(rows) * len(columns)
             found.append(labelled(own[start : start + len(rows) * len(columns)], columns, rows, title))

@@ -64,6 +64,17 @@ def test_pictures_of_several_sizes_stand_in_the_middle():
         labelled([plain("red")], ["a", "b"], ["c"])
 
 
+def test_small_pictures_are_magnified_on_sheets():
+    """32 px to 128, by a whole number, each pixel a square; 100 px stay as they are."""
+    dots = Image.new("RGB", (32, 16), "black")
+    dots.putpixel((3, 5), (255, 0, 0))
+    (sheet,) = sheets([dots, dots], axes(["steps=1,2"]), 1)
+    found = np.argwhere((np.array(sheet) == (255, 0, 0)).all(2))
+    assert len(found) == 2 * 4 * 4 and sheet.width == 2 * (128 + MARGIN) + MARGIN
+    (sheet,) = sheets([dots.resize((100, 100))] * 2, axes(["steps=1,2"]), 1)
+    assert sheet.width == 2 * (100 + MARGIN) + MARGIN
+
+
 def test_labels_are_drawn_and_wrapped():
     def ink(label):
         return int((np.array(labelled([plain("white", (60, 20))], [label], [""])) < 128).sum())
