@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -42,7 +43,8 @@ def wider(unet: UNet, more: int) -> UNet:
 def begun(encoder: nn.Module, initial: str, count: int) -> list[nn.Parameter]:
     """`count` vectors for each of the encoder's towers, to learn: those of the words' tokens, again from the first.
 
-    Raises ValueError for an encoder that is not CLIP's, and for words of no token.
+    Of more tokens than vectors each vector is the mean of a share of them: one, of "square triangle", lies in the
+    middle. Raises ValueError for an encoder that is not CLIP's, and for words of no token.
     """
     towers = [encoder.first, encoder.second] if isinstance(encoder, TextPair) else [encoder]
     return [_begun(tower, initial, count) for tower in towers]
@@ -54,5 +56,6 @@ def _begun(tower: nn.Module, initial: str, count: int) -> nn.Parameter:
     tokens = tower.tokenize.bpe.encode(initial)
     if not tokens:
         raise ValueError(f"task.initial={initial!r} has no words to start from")
-    rows = [tokens[i % len(tokens)] for i in range(count)]
-    return nn.Parameter(tower.tower.token_embedding.weight.detach()[rows].clone())
+    rows = [tokens[i % len(tokens)] for i in range(max(count, len(tokens)))]
+    shares = tower.tower.token_embedding.weight.detach()[rows].tensor_split(count)
+    return nn.Parameter(torch.stack([share.mean(0) for share in shares]))

@@ -32,7 +32,7 @@ class FinetuningTaskConfig(LatentTaskConfig):
     train_text: bool = False  # full: the text encoder learns too
     word: str = ""  # textual_inversion; with full and adapter if wanted: the word that is taught
     vectors: int = 1  # tokens that the word stands for
-    initial: str = "*"  # words whose tokens it starts from, again and again where they are fewer
+    initial: str = "*"  # words whose tokens it starts from: again and again where they are fewer, means where more
     prior: str = "picture"  # what the samples that data.prior marks teach: picture, as any | prediction, the base's own
     prior_weight: float = 1.0  # how much such a sample counts (Ruiz et al. 2023, eq. 2: lambda)
     diffusion: dict[str, Any] = field(default_factory=dict)  # what of the base's noise is another in this training

@@ -25,7 +25,9 @@ from ldm.checkpoints.load import load_model, save_model
 from ldm.config import load_config
 from ldm.diffusion.process import Aim, Diffusion, DiffusionConfig
 from ldm.models.controlnet import Controlled
+from ldm.models.text import TextEncoder
 from ldm.training import engine
+from ldm.training.additions import begun
 from ldm.training.finetuning import FinetuningTask
 from ldm.training.preparing import Subject, with_class
 from ldm.training.quantize import quantize
@@ -662,3 +664,21 @@ def test_a_word_that_no_caption_says_has_no_gradient(base: Path, shards: Path, t
         assert vectors.grad is not None and not vectors.grad.any()
     next(task.losses(replace(batch, captions=["a square", "Red square"]), 0))[1].backward()
     assert all(vectors.grad.any() for vectors in task.joint.vectors)
+
+
+def test_a_word_begins_as_what_it_is_like(models: dict[str, Path]) -> None:
+    """Fewer tokens come again; more are shared out, and each share is a mean."""
+    (text,) = load_model(models["denoising"], ["text"]).components.values()
+    assert isinstance(text, TextEncoder)
+    table = text.tower.token_embedding.weight.detach()
+    a, b, c = (table[text.tokenize.bpe.encode(word)] for word in ("red", "circle", "square"))
+    assert [len(each) for each in (a, b, c)] == [1, 1, 1]
+    for count, expected in (
+        (1, [(a + b + c) / 3]),
+        (2, [(a + b) / 2, c]),
+        (3, [a, b, c]),
+        (5, [a, b, c, a, b]),
+    ):
+        (found,) = begun(text, "red circle square", count)
+        torch.testing.assert_close(found.detach(), torch.cat(expected))
+        assert found.requires_grad
