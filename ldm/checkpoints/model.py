@@ -4,7 +4,7 @@ import hashlib
 import json
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,20 @@ def weights_sha256(module: nn.Module) -> str:
 
     So a setting that a later version adds leaves the hashes of those that do not use it as they are.
     """
-    config = config_of(module)
-    usual = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
-    told = {name: value for name, value in asdict(config).items() if getattr(config, name) != usual[name]}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_told(config_of(module)), sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def _told(config: Any) -> Any:
+    """What a configuration says beyond its defaults; what is none, as it is."""
+    if not is_dataclass(config):
+        return config
+    usual = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
+    given = {name: getattr(config, name) for name in usual}
+    return {name: _told(value) for name, value in given.items() if value != usual[name]}
 
 
 def build(

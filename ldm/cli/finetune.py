@@ -44,7 +44,9 @@ def finetune(
         list[str] | None, typer.Option(help="what the subject is one of: 'photo of a dog'; repeat it for more")
     ] = None,
     class_prompts: Annotated[Path | None, typer.Option(help="a file of such prompts, one a line")] = None,
-    class_pictures: Annotated[int, typer.Option(help="how many of those the model draws itself, once")] = 100,
+    class_pictures: Annotated[
+        int | None, typer.Option(help="how many of those the model draws itself, once; one each, and 100 at least")
+    ] = None,
     class_folder: Annotated[str, typer.Option(help="pictures of the class that you have, in place of drawn ones")] = "",
     unrelated: Annotated[
         list[str] | None, typer.Option(help="a prompt of something else, watched for being forgotten; repeat it")
@@ -78,7 +80,9 @@ def finetune(
     if word and not caption and not finished:
         subject = replace(subject, caption=f"a photo of {word}")
     if method == "dreambooth" and not subject.has_class:
-        raise ValueError("dreambooth needs --class-prompt, what the subject is one of: 'photo of a dog'")
+        raise ValueError(
+            "dreambooth needs --class-prompt, --class-prompts or --class-folder: what the subject is one of"
+        )
     words = settings_of(method, word=bool(word), has_class=subject.has_class)
     given = [f"out={_quoted(out or f'runs/{method}-{Path(pictures).resolve().name}')}", f"task.model={_quoted(model)}"]
     given += [f"task.word={_quoted(word)}"] if word else []
@@ -134,9 +138,10 @@ def _prompts(given: list[str], file: Path | None) -> tuple[str, ...]:
     """Those that are given, and those of the file's lines. Raises ValueError for a file that has none."""
     if file is None:
         return tuple(given)
-    if not file.is_file():
-        raise ValueError(f"--class-prompts {file} is no file")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--class-prompts {file} is no file of text: {error}") from error
     if not any(lines):
         raise ValueError(f"--class-prompts {file} has no prompts: write one a line")
     return (*given, *filter(None, lines))
@@ -149,6 +154,7 @@ def _quoted(text: str) -> str:
 
 def _check(method: str, config: "RunConfig", subject: "Subject", kind: str) -> None:
     """Raise ValueError for what does not go together. kind: of the base."""
+    from ldm.models.words import says
     from ldm.training.methods import PARTIAL
 
     tuned = _task(config).method
@@ -158,6 +164,11 @@ def _check(method: str, config: "RunConfig", subject: "Subject", kind: str) -> N
     if subject.conditions and not edits and tuned not in CONDITIONED:
         raise ValueError(
             f"--conditions are for controlnet, t2i-adapter, instruct and models for editing, not for {method}"
+        )
+    word = _task(config).word
+    if said := [prompt for prompt in subject.class_prompts if word and says(prompt, word)]:
+        raise ValueError(
+            f"the class prompt {said[0]!r} says {word!r}, which the base does not know: leave it out there"
         )
     if subject.has_class and tuned in PARTIAL and tuned != "adapter":
         raise ValueError(f"{method} leaves the base as it is, and nothing is forgotten: leave the class out")
@@ -185,16 +196,17 @@ def _task(config: "RunConfig") -> "FinetuningTaskConfig":
 
 def _on_shards(config: "RunConfig", subject: "Subject", place: Path) -> "RunConfig":
     """The config with the subject's pictures as shards below `place`, and what the previews show."""
+    from ldm.models.words import says
     from ldm.training.preparing import captions, prepare
 
     if subject.conditions:
         config = replace(config, data=replace(config.data, condition="stored"))
     data, validation = prepare(subject, config.data, config.batch_size, place)
     task = _task(config)
-    word, found = task.word.lower(), captions(data, LOOKED_AT)
-    if word and not any(word in caption.lower() for caption in (*data.templates, *found)):
-        raise ValueError(f"no caption says {task.word!r}, which is to be taught: write it into the captions")
-    shown = sorted(filter(_writable, found), key=lambda caption: word not in caption.lower())  # first those that say it
+    word, found = task.word, captions(data, LOOKED_AT)
+    if word and not any(says(caption, word) for caption in (*data.templates, *found)):
+        raise ValueError(f"no caption says {word!r}, which is to be taught: write it into the captions")
+    shown = sorted(filter(_writable, found), key=lambda caption: bool(word) and not says(caption, word))
     previews = task.previews or tuple(shown[:PREVIEWS])
     unrelated = task.unrelated or tuple(itertools.islice(itertools.cycle(subject.unrelated), len(previews)))
     task = replace(task, previews=previews, unrelated=unrelated)
@@ -220,6 +232,7 @@ def _share(config: "RunConfig") -> None:
     from ldm.training.sharing import chosen, share
 
     task, out, best = _task(config), Path(config.out), chosen(Path(config.out))
+    prior = zip(config.data.paths, config.data.prior or itertools.repeat(False), strict=False)
     facts = {
         "sd_model_name": Path(task.model).name,
         "learning_rate": config.optimizer.lr,
@@ -230,7 +243,7 @@ def _share(config: "RunConfig") -> None:
         "mixed_precision": config.precision,
         "seed": config.seed,
         "resolution": f"{config.data.size}x{config.data.size}",
-        "num_train_images": sum(len(ShardReader(path)) for path in config.data.paths),
+        "num_train_images": sum(len(ShardReader(path)) for path, known in prior if not known),
     }
     typer.echo(f"chosen: {best}")
     for path in share(out, facts):

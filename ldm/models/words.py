@@ -82,6 +82,11 @@ class WordEmbedding(nn.Embedding):
         return torch.where(ids[..., None] < 0, learned, tokens)
 
 
+def says(text: str, word: str) -> bool:
+    """Whether the text has the word, as a text encoder that has learned it finds it."""
+    return re.search(_whole(word), text, re.IGNORECASE) is not None
+
+
 def _whole(word: str) -> str:
     """A pattern for the word where no letter, digit or underscore goes on at either end of it."""
     start, end = (r"\w" if re.match(r"\w", word[i]) else "" for i in (0, -1))

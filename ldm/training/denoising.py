@@ -248,7 +248,7 @@ class LatentTask(Task):
                     "task.train_text: data.cache holds what the text encoder said before it learned; "
                     "make one without --text"
                 )
-            return Unread(prompts=tuple(prompts))
+            return Unread(prompts=tuple(prompts), untold=tuple(dropped) if self.null_prompt is None else ())
         if not batch.text:
             told: Conditioning = self.text(prompts)
             return told if self.null_prompt is not None else self._replaced(told, self._unconditional(), dropped)

@@ -85,9 +85,9 @@ class FinetuningTask(LatentTask):
             hold(self.denoiser, HELD[config.held])
         self.before: nn.Module | None = None
         if config.prior == PREDICTION and config.method == "full":
-            self.before = freeze(deepcopy(getattr(self, self.trained[0])))
-        if self.reads and self.null_prompt is None and config.dropout:
-            raise ValueError("this model is told zeros where it is told nothing, which no encoder says: task.dropout=0")
+            text = deepcopy(self.text) if config.train_text else self.text  # one that stays as it is serves both
+            denoiser = deepcopy(self.denoiser)
+            self.before = freeze(JointDenoiser(text, denoiser) if self.reads else denoiser)
 
     def _full(self) -> None:
         self.denoiser.requires_grad_(True)
@@ -155,8 +155,9 @@ class FinetuningTask(LatentTask):
 
         def said(x: Tensor, t: Tensor, target: Tensor) -> Tensor:
             rows = to_device(known, x.device)
+            told = cond[known if self.reads else rows]
             with torch.no_grad(), self._as_it_was() as network:
-                answer = network(x[rows], t[rows], cond[rows])
+                answer = network(x[rows], t[rows], told)
             return target.index_copy(0, rows, answer[:, : target.shape[1]].to(target))
 
         return said

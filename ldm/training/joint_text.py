@@ -7,18 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.nn.transfer import to_device
 from ldm.types import Conditioning
 
 
 @dataclass(frozen=True)
 class Unread(Conditioning):
-    """A conditioning whose prompts nobody has read yet: the network below will, in its own forward pass."""
+    """A conditioning whose prompts nobody has read yet: the network below will, in its own forward pass.
+
+    untold: of each prompt, whether the denoiser is told zeros in its place; empty: of none.
+    """
 
     prompts: tuple[str, ...] = ()
+    untold: tuple[bool, ...] = ()
 
     def __getitem__(self, rows: Tensor) -> "Unread":
-        """Those rows [n] of the batch."""
-        return replace(super().__getitem__(rows), prompts=tuple(self.prompts[row] for row in rows.tolist()))
+        """The rows of those indices [n], int64, on the host, of what may be on a device."""
+        chosen, told = rows.tolist(), self.map(lambda t: t[to_device(rows, t.device)])
+        untold = tuple(self.untold[row] for row in chosen) if self.untold else ()
+        return replace(told, prompts=tuple(self.prompts[row] for row in chosen), untold=untold)
 
 
 class JointDenoiser(nn.Module):
@@ -51,6 +58,11 @@ class TaughtDenoiser(JointDenoiser):
 @torch.compiler.disable  # the words of a batch are no constants, for which the compiler would take them
 def _read(text: nn.Module, cond: Unread) -> Conditioning:
     told: Conditioning = text(cond.prompts)
+    if any(cond.untold):
+        assert told.context is not None
+        heard = to_device(~torch.tensor(cond.untold), told.context.device)
+        pooled = None if told.pooled is None else told.pooled * heard[:, None]
+        told = replace(told, context=told.context * heard[:, None, None], pooled=pooled)
     return replace(told, sizes=cond.sizes, label=cond.label, concat=cond.concat, control=cond.control)
 
 

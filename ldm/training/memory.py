@@ -87,7 +87,8 @@ def speed_up(task: Task, config: SpeedConfig, device: torch.device) -> None:
                 compute_in(module, PRECISIONS[config.frozen], device)
     if config.fast_cpu and device.type == "cpu" and not config.compile:  # a compiler takes kernels of its own
         for name, module in task.named_children():
-            if name not in task.trained:  # weights that change would be copied back and forth
+            changing = name in task.trained or any(p.requires_grad for p in module.parameters())
+            if not changing:  # weights that change would be copied back and forth
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 own(module)
         if not train_by_onednn(task):
@@ -152,7 +153,7 @@ def compile_forward(module: nn.Module, mode: str, name: str) -> None:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal failed
-        if not module.training or failed:
+        if not module.training or not torch.is_grad_enabled() or failed:
             return eager(*args, **kwargs)
         try:
             return compiled(*args, **kwargs)

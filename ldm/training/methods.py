@@ -56,6 +56,8 @@ class FinetuningTaskConfig(LatentTaskConfig):
             raise ValueError(f"task.prior_weight must be 0 or more, not {self.prior_weight}")
         if self.word and self.method not in ("full", "adapter", "textual_inversion"):
             raise ValueError(f"task.word goes with task.method=full, adapter or textual_inversion, not {self.method}")
+        if not self.word and (self.vectors, self.initial) != (1, "*"):
+            raise ValueError("task.vectors and task.initial are of the word that is taught: give task.word as well")
         if self.method == "textual_inversion" and not self.word:
             raise ValueError("task.method=textual_inversion teaches a word: give it as task.word")
         if self.vectors < 1:

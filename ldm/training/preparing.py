@@ -44,13 +44,18 @@ class Subject:
     masks: str = ""
     holdout: float | None = None
     class_prompts: tuple[str, ...] = ()
-    class_pictures: int = 100
+    class_pictures: int | None = None  # as many as prompts, and 100 at least
     class_folder: str = ""
     unrelated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.class_pictures < 1:
-            raise ValueError(f"class pictures must be 1 or more, not {self.class_pictures}")
+        prompts, pictures = len(self.class_prompts), self.class_pictures
+        if pictures is not None and (self.class_folder or not prompts):
+            raise ValueError("class pictures are how many the model draws of class prompts: give those, and no folder")
+        if pictures is not None and pictures < prompts:
+            raise ValueError(f"{prompts} class prompts take {prompts} class pictures or more, not {pictures}")
+        if self.class_folder and not Path(self.class_folder).is_dir():
+            raise ValueError(f"the class folder {self.class_folder} is no folder")
         if self.class_folder and len(self.class_prompts) > 1:
             raise ValueError("of a class folder one class prompt is the caption of pictures without: give one at most")
         if self.has_class and (self.masks or self.conditions):
@@ -97,10 +102,14 @@ def with_class(subject: Subject, model: str, data: DataConfig, out: Path, guidan
         caption = subject.class_prompts[0] if subject.class_prompts else ""
         holdout = None if Path(subject.class_folder, shards.INDEX).is_file() else 0  # of finished shards none is asked
         config = PrepareConfig(data.size, _keeps_shape(data), caption, holdout=holdout, workers=data.workers)
-        found = prepare_folder(subject.class_folder, out / "class", config)
+        try:
+            found = prepare_folder(subject.class_folder, out / "class", config)
+        except ValueError as error:
+            raise ValueError(f"the class folder: {error}") from error
         paths, repeats = found.folders, found.repeats
     else:
-        drawn = DrawnConfig(model, subject.class_prompts, subject.class_pictures, data.size, guidance=guidance)
+        count = subject.class_pictures or max(100, len(subject.class_prompts))
+        drawn = DrawnConfig(model, subject.class_prompts, count, data.size, guidance=guidance)
         log.info("drawing %d pictures of %s", drawn.count, _listed(drawn.prompts))
         paths, repeats = (draw(drawn, out / _named("class", drawn)),), (1.0,)
     often = _epoch(data.paths, data.repeats) / _epoch(paths, repeats)

@@ -30,13 +30,13 @@ from ldm.config import load_config, plain, to_yaml
 from ldm.names import known
 from ldm.nn.attention import BACKENDS, set_backend
 from ldm.training.autoencoder import AutoencoderTask, AutoencoderTaskConfig
+from ldm.training.checks import check_data, check_finetuning
 from ldm.training.classifier import ClassifierTask, ClassifierTaskConfig
 from ldm.training.contrastive import ContrastiveTask, ContrastiveTaskConfig
 from ldm.training.costs import estimate, summarise
-from ldm.training.denoising import DenoisingTask, DenoisingTaskConfig, LatentTask
+from ldm.training.denoising import DenoisingTask, DenoisingTaskConfig
 from ldm.training.engine import Inspection, TrainConfig, train
 from ldm.training.finetuning import FinetuningTask
-from ldm.training.latents import check_cache
 from ldm.training.memory import check_device
 from ldm.training.methods import FinetuningTaskConfig
 from ldm.training.metrics import Meter
@@ -187,40 +187,6 @@ def build(config: RunConfig) -> tuple[list[ShardReader], Task]:
     size = size_of(data, config.data)
     seed_torch(config.seed, "initial weights")
     return data, task_class(config.task, size=size, seed=config.seed)
-
-
-def check_finetuning(config: RunConfig, task: Task) -> None:
-    """Raise ValueError for settings of the run that do not go with a fine-tuning task."""
-    if not isinstance(task, FinetuningTask):
-        return
-    held = task.config.held
-    if config.init:
-        raise ValueError("task.model is what a fine-tuning starts from: leave init= out")
-    if held not in ("float32", config.precision):
-        raise ValueError(f"task.held={held} needs precision={held}, which computes in that")
-    if config.forgetting and task.paired and config.data.condition == STORED:
-        raise ValueError("forgetting= holds drawn pictures, which have no others beside them as data.condition=stored")
-
-
-def check_data(loader: Loader, task: Task) -> None:
-    """Raise ValueError where the task cannot learn from such batches."""
-    config = loader.config
-    if not isinstance(task, LatentTask):
-        if config.buckets or config.caches:
-            raise ValueError("data.buckets and data.cache are for task.kind=denoising and finetuning")
-        return
-    multiple = task.autoencoder.factor * getattr(task.denoiser, "factor", 1)
-    for width, height in loader.shapes:
-        if width % multiple or height % multiple:
-            raise ValueError(f"pictures of {width} x {height} px: the sides must be multiples of {multiple}")
-    task.check_data(config)
-    for cache in loader.caches:
-        if task.reads and cache.key.text:
-            raise ValueError(
-                "task.train_text=true: data.cache holds what the text encoder said before it learned; "
-                "make one without --text"
-            )
-        check_cache(cache, task.autoencoder, task.text)
 
 
 def inspection(config: RunConfig, data: list[ShardReader]) -> Inspection:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from ldm.training.joint_text import TaughtDenoiser
 from ldm.training.memory import BLOCKS, SpeedConfig
 from ldm.training.tasks import Task
 
@@ -41,6 +42,8 @@ def check(task: Task, optimizer: str, precision: str, speed: SpeedConfig, plugin
     if speed.channels_last or speed.compile:
         raise ValueError("FSDP2: speed.channels_last and speed.compile are not supported with it")
     for part in task.trained:
+        if isinstance(getattr(task, part), TaughtDenoiser):
+            raise ValueError("FSDP2 would part the vectors of task.word from the text encoder: start without it")
         for name, module in getattr(task, part).named_modules():
             own = dict(module.named_parameters(recurse=False))
             where = f"{part}.{name}".rstrip(".")

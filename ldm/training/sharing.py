@@ -81,7 +81,8 @@ def _share_adapter(adapter: Adapter, shared: Path, name: str, strings: Mapping[s
     written = []
     for dialect, path in places.items():
         try:
-            files.write(replace(adapter, words={}) if dialect == "diffusers" else adapter, path, dialect, strings)
+            alone = dialect == "diffusers" or any("." in word for word in adapter.words)  # in names a dot parts
+            files.write(replace(adapter, words={}) if alone else adapter, path, dialect, strings)
         except ValueError as error:  # layers, or a whole network, that other programs do not have
             log.warning("%s: programs that read %s cannot read this adapter", error, dialect)
         else:

@@ -440,6 +440,22 @@ def test_zeros_stand_for_no_prompt_where_the_base_knows_them(base: Path, shards:
     assert torch.equal(dropped.context[::2], plain.context[::2])
 
 
+def test_zeros_stand_for_no_prompt_where_prompts_are_read_in_the_pass(base: Path, shards: Path, tmp_path: Path) -> None:
+    """And rows of what is not read yet keep them, as they keep their prompts."""
+    task, batch = task_of(base, shards, tmp_path, *METHODS["lora of text"]), batch_of(shards, 3)
+    task.eval()
+    task.null_prompt = None
+    told = task._told(batch, [False, True, False])
+    x, t = torch.randn(3, 2, 8, 8), torch.tensor([100.0, 500.0, 900.0])
+    plain = task.text([*batch.captions[:1], "", *batch.captions[2:]])
+    told_nothing = plain.map(lambda v: v * torch.tensor([1, 0, 1]).view(-1, *[1] * (v.ndim - 1)).to(v))
+    with torch.no_grad():
+        expected = task.denoiser(x, t, told_nothing)
+        torch.testing.assert_close(task.joint(x, t, told), expected)
+        rows = torch.tensor([1, 2])
+        torch.testing.assert_close(task.joint(x[rows], t[rows], told[rows]), expected[rows])
+
+
 # --- guard rails ------------------------------------------------------------------------------------------------
 
 

@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 
 from ldm.checkpoints.files import newest_valid, read_tensors
 from ldm.checkpoints.load import load_model
-from ldm.config import to_yaml
+from ldm.config import load_config, to_yaml
 from ldm.training.ema import EMA
 from ldm.training.engine import TrainConfig, prepare
 from ldm.training.memory import SpeedConfig
-from ldm.training.run import build, run
+from ldm.training.run import RunConfig, build, run
 from ldm.training.sharding import check, full, local, scattered, unsharded, whole
 from tests.conftest import frozen, tiny_config
 from tests.training.launch import launch, two_processes
@@ -205,4 +205,13 @@ def test_what_does_not_go_with_shards_is_refused(
 def test_parts_that_cannot_be_shared_out_are_refused(words: list[str], said: str, shards: Path, tmp_path: Path) -> None:
     _, task = build(tiny_config("autoencoder", tmp_path, shards, *words))
     with pytest.raises(ValueError, match=said):
+        check(task, "adamw", "no", SpeedConfig(), SimpleNamespace(**PLUGIN))
+
+
+def test_a_word_cannot_be_shared_out(shards: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """Its vectors are also the text encoder's, which would go on with the old ones."""
+    words = ["task.kind=finetuning", f"task.model={models['denoising']}", "task.method=full", "task.word=red"]
+    where = [f"data.path={shards}", "data.size=16", f"out={tmp_path}"]
+    _, task = build(load_config(RunConfig, [], [*words, *where, "task.train_text=true"]))
+    with pytest.raises(ValueError, match=r"part the vectors of task\.word"):
         check(task, "adamw", "no", SpeedConfig(), SimpleNamespace(**PLUGIN))
