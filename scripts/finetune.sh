@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From the demo's model to three things that fine-tuning is for, each with its figure: a new word from eight pictures,
 # edges that say where, and holes to fill.
-#   make demo && scripts/finetune.sh           perhaps half an hour on two cores (estimated)
+#   make demo && scripts/finetune.sh           half an hour on two cores
 #   SMOKE=1 DEMO=runs/smoke scripts/finetune.sh        every step in some minutes; its figures mean nothing
 # DEMO: the demo's folder. OUT: where everything goes. LDM: the ldm command. PARTS: some of word, edges and holes.
 # Stopped, it goes on where it was when started again.
