@@ -66,7 +66,7 @@ def settings_of(method: str, *, word: bool = False, has_class: bool = False) -> 
     if has_class and with_more:
         own.append("task.prior=prediction")
     return [
-        "task.kind=finetuning", *(f"task.{word}" for word in task), *own,
+        "task.kind=finetuning", *(f"task.{setting}" for setting in task), *own,
         "optimizer.schedule=constant", "ema=0.99", "best=true",
     ]  # fmt: skip
 
