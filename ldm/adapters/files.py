@@ -192,6 +192,8 @@ def write(
     place = destination(path, to)
     if adapter.words and to not in WITH_WORDS:
         raise ValueError(f"{to} has no names for learned words, and the adapter brings {', '.join(adapter.words)}")
+    if not adapter.parts and to not in WITH_WORDS:
+        raise ValueError(f"the adapter changes no layer: there is nothing in it that {to} has names for")
     told = {k: v for k, v in (adapter.metadata if metadata is None else metadata).items() if k not in HASHES}
     dtype = dtype or torch.float32
     for component, part in adapter.parts.items():

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -65,12 +66,16 @@ class Library:
         self._hashes: dict[Path, str] = {}
 
     def put_on(self, path: str | Path, weight: float = 1.0) -> None:
-        """Have an adapter on for every picture. Raises ValueError, changing nothing, for one that does not fit."""
+        """Have an adapter on for every picture.
+
+        Raises ValueError, changing nothing, for one that does not fit the model or what is on for every picture.
+        """
         path = Path(path)
         name = _name_of(path)
         if self.paths.get(name, path) != path:
             raise ValueError(f"{self.paths[name]} and {path} are two adapters of one name")
         self._check(name, path)
+        self._words_of({**self._always, name: (path, weight)})
         self.paths = {**self.paths, name: path}
         self._always[name] = path, weight
         self.use(())
@@ -94,7 +99,8 @@ class Library:
         is on now must not depend on what was on before.
         """
         weights, there = self._all_of(wanted), lora.attached(self.components)
-        if [*weights.items()] == [*self._on.items()] and [*there.items()] == [*self._attached.items()]:
+        same = [*weights.items()] == [*self._on.items()] and [*there.items()] == [*self._attached.items()]
+        if same and self._knows_words_of(weights):
             return
         self.check(wanted)
         while self._on:
@@ -108,8 +114,29 @@ class Library:
         self._teach(self._words_of(weights))
         self._attached = lora.attached(self.components)
 
+    @contextmanager
+    def teaching(self, wanted: Wanted) -> Iterator[None]:
+        """The text encoder knows the words of these meanwhile, without their change of weights: for counting tokens.
+
+        Raises ValueError for an adapter that is not there or does not fit, and as `check` does for its words.
+        """
+        text, words = self.components["text"], self._words_of(self._all_of(wanted))
+        new = {word: vectors for word, vectors in words.items() if word.lower() not in learned_words(text)}
+        for word, vectors in new.items():
+            teach(text, word, vectors)
+        try:
+            yield
+        finally:
+            for word in new:
+                forget(text, word)
+
     def _words_of(self, weights: Mapping[str, tuple[Path, float]]) -> Words:
         return bundled.united(self._adapter(path).words for path, _ in weights.values())
+
+    def _knows_words_of(self, weights: Mapping[str, tuple[Path, float]]) -> bool:
+        """Whether the text encoder knows every word of these, and what it was taught for them as it was taught."""
+        known = all(word.lower() in learned_words(self.components["text"]) for word in self._words_of(weights))
+        return known and all(bundled.knows(self.components["text"], *taught) for taught in self._taught.items())
 
     def _teach(self, words: Words) -> None:
         for word, vectors in words.items():

@@ -241,6 +241,9 @@ def _index(model: LoadedModel) -> dict[str, Any]:
     if kind_of(denoiser) != "unet":
         raise ValueError("a pipeline of diffusers with a text encoder of ours needs a U-Net; convert the parts alone")
     alone, aesthetic = diffusers_text.alone_in_xl(text), config_of(denoiser).aesthetic
+    if (alone or isinstance(text, TextPair)) and not config_of(denoiser).size_dim:
+        which = "a lone text encoder without the final norm" if alone else "a pair of text encoders"
+        raise ValueError(f"diffusers cannot hold {which} beside a U-Net that is told no sizes, as SDXL's are")
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": VERSION,

@@ -28,7 +28,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="The new model: a folder, or a .safetensors file for compvis.")],
     to: Annotated[str, typer.Option(help="native, compvis or diffusers.")] = "native",
 ) -> None:
-    """Write a model with adapters in its weights for good; words that they bring are written to files of their own.
+    """Write a model with adapters in its weights for good; words of theirs and of its own go to files of their own.
 
     Example: ldm adapter merge sd15 zorp.safetensors:0.8 --out sd15-zorp
     """
@@ -44,7 +44,8 @@ def merge(
         raise ValueError(f"--to {to} writes a {'.safetensors file' if to == 'compvis' else 'folder'}, not {out.name!r}")
     loaded = load_model(model)
     read = [(files.read(path, loaded.components), weight) for path, weight in map(_weighted, adapters)]
-    words = bundled.by_themselves(bundled.united(adapter.words for adapter, _ in read), out.parent)
+    every = bundled.united([bundled.word_in(loaded.folder), *(adapter.words for adapter, _ in read)])
+    words = bundled.by_themselves(every, out.parent)
     for adapter, weight in read:
         put_into(loaded.components, adapter, weight)
     for note in loaded.notes + conversion.write(loaded, out, to):
@@ -62,17 +63,19 @@ def extract(
     to: To = "kohya",
     dtype: Dtype = "float32",
 ) -> None:
-    """The LoRA that is nearest to what one model has over another.
+    """The LoRA that is nearest to what one model has over another; it brings the word that the model was taught.
 
     Example: ldm adapter extract my-sd15 sd15 mine.safetensors --rank 32
     """
+    from ldm.adapters import bundled
     from ldm.adapters.adapter import COMPONENTS
     from ldm.adapters.algebra import extract as taken
     from ldm.checkpoints.load import load_model
 
     _check_target(target, to, dtype)
-    mine, theirs = (load_model(path, COMPONENTS).components for path in (tuned, base))
-    _write(taken(mine, theirs, rank), target, to, dtype)
+    mine, theirs = (load_model(path, COMPONENTS) for path in (tuned, base))
+    adapter = taken(mine.components, theirs.components, rank)
+    _write(replace(adapter, words=bundled.word_in(mine.folder)), target, to, dtype)
 
 
 @app.command()
@@ -143,8 +146,11 @@ def inspect(source: Source) -> None:
     numbers = sum(tensor.numel() for part in adapter.parts.values() for f in part.values() for tensor in f.values())
     layers = ", ".join(f"{len(part)} of the {name}" for name, part in adapter.parts.items())
     ranks = ", ".join(str(rank) if rank else "whole" for rank in adapter.ranks)
-    typer.echo(f"{source}: {adapter.kind} for {base_of(adapter) or 'a base that its tensors do not tell'}")
-    typer.echo(f"rank {ranks}; layers: {layers}; {numbers:,} numbers")
+    if adapter.parts:
+        typer.echo(f"{source}: {adapter.kind} for {base_of(adapter) or 'a base that its tensors do not tell'}")
+        typer.echo(f"rank {ranks}; layers: {layers}; {numbers:,} numbers")
+    else:
+        typer.echo(f"{source}: words alone")
     for word, tables in adapter.words.items():
         typer.echo(
             f"brings the word {word!r}: {len(tables[0])} vectors, {' + '.join(str(t.shape[1]) for t in tables)} wide"
@@ -186,15 +192,16 @@ def _write(adapter: "Adapter", target: Path, to: str, dtype: str) -> None:
     from ldm.adapters import bundled, files
     from ldm.adapters.facts import metadata
 
-    words = {} if to in files.WITH_WORDS else bundled.by_themselves(adapter.words, target.parent)
-    if words:
-        adapter = replace(adapter, words={})
+    words = {}
+    if to not in files.WITH_WORDS:
+        words, adapter = bundled.by_themselves(adapter.words, target.parent), replace(adapter, words={})
     kept = {"title": "modelspec.title", "resolution": "modelspec.resolution"}
     stated = {name: adapter.metadata[key] for name, key in kept.items() if key in adapter.metadata}
     told = dict(adapter.metadata) | metadata(adapter, {"title": target.stem} | stated)
     files.write(adapter, target, to, told, getattr(torch, dtype))
     layers = sum(len(part) for part in adapter.parts.values())
-    typer.echo(f"{target}: {adapter.kind}, rank {', '.join(map(str, adapter.ranks))}, {layers} layers")
+    said = f"{adapter.kind}, rank {', '.join(map(str, adapter.ranks))}, {layers} layers" if layers else "words alone"
+    typer.echo(f"{target}: {said}")
     _write_words(words, to)
 
 

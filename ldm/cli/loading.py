@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.memory import check_weights
-from ldm.cli.options import Models
+from ldm.cli.options import Drawing, Models
 from ldm.cli.wishes import Batch, Wish, named, tagged, there
 
 if TYPE_CHECKING:
@@ -104,22 +104,27 @@ def token_counts(pipeline: "Pipeline", batches: Sequence[Batch]) -> list[str]:
     """A line for each distinct prompt: how many tokens it has, of how many that its chunks can hold.
 
     Of one that changes from step to step the most at any step. Plain prompts are one chunk, of which the rest is cut.
+    A word that the adapters of a batch bring is as many tokens as it has vectors; a negative counts as in the first
+    batch that has it. Raises ValueError for adapters that do not fit.
     """
     from ldm.prompts.encode import token_count
     from ldm.prompts.grammar import parse
 
-    lines = {}
+    def counted(prompt: str, negative: bool, drawing: Drawing) -> str:
+        if drawing.plain:
+            texts: tuple[str, ...] = (re.sub(r"([()\[\]\\])", r"\\\1", prompt).replace("BREAK", "break"),)
+        else:
+            texts = parse(prompt, negative=negative).texts(drawing.steps)
+        used, capacity = max(token_count(pipeline.text, text) for text in texts)
+        room = token_count(pipeline.text, "")[1]
+        cut = f"; what comes after the first {room} is cut" if drawing.plain and used > room else ""
+        return f"{used}/{room if cut else capacity} tokens{cut}: {prompt}" if capacity else ""
+
+    lines: dict[tuple[str, bool], str] = {}
     for batch in batches:
-        for prompt, negative in (*((p, False) for p in batch.prompts), (batch.drawing.negative, True)):
-            if (prompt, negative) in lines or not prompt:
-                continue
-            if batch.drawing.plain:
-                texts: tuple[str, ...] = (re.sub(r"([()\[\]\\])", r"\\\1", prompt).replace("BREAK", "break"),)
-            else:
-                texts = parse(prompt, negative=negative).texts(batch.drawing.steps)
-            used, capacity = max(token_count(pipeline.text, text) for text in texts)
-            room = token_count(pipeline.text, "")[1]
-            cut = f"; what comes after the first {room} is cut" if batch.drawing.plain and used > room else ""
-            said = f"{used}/{room if cut else capacity} tokens{cut}: {prompt}"
-            lines[prompt, negative] = said if capacity else ""
+        asked = () if batch.drawing.plain else parse(batch.prompts[0]).adapters  # which all of a batch share
+        with pipeline.library.teaching(tuple((tag.name, tag.weight) for tag in asked)):
+            for told in (*((prompt, False) for prompt in batch.prompts), (batch.drawing.negative, True)):
+                if told[0] and told not in lines:
+                    lines[told] = counted(*told, batch.drawing)
     return [line for line in lines.values() if line]

@@ -67,6 +67,7 @@ class Pipeline:
         self.kind = kind_of(denoiser, autoencoder)
         self.companions = Companions()
         self.library = Library({"denoiser": self.denoiser, "text": self.text})
+        self._told_idle: set[str] = set()
 
     @classmethod
     def load(
@@ -151,8 +152,10 @@ class Pipeline:
         """
         passes = self._passes(request)
         check(self, request, passes)
-        if unused := idle(self, request):
-            log.warning("at guidance 1 these have no effect: %s", ", ".join(unused))
+        unused = ", ".join(idle(self, request))
+        if unused and unused not in self._told_idle:  # once, and not for every cell of a grid
+            self._told_idle.add(unused)
+            log.warning("at guidance 1 these have no effect: %s", unused)
         return self._steps(request, passes)
 
     @torch.inference_mode()

@@ -16,10 +16,15 @@ from typer.testing import CliRunner
 from ldm.adapters import files
 from ldm.adapters.adapter import Adapter, Words
 from ldm.adapters.algebra import combine, resize
+from ldm.adapters.fused import sites
 from ldm.adapters.library import Library
 from ldm.adapters.lora import AdapterConfig, adapter_of, attached, eject, inject
 from ldm.adapters.textual_inversion import forget, learned_words, load_embeddings, teach
+from ldm.adapters.tuned import save_word
 from ldm.checkpoints import diffusers, textual_inversion
+from ldm.checkpoints.files import commit
+from ldm.checkpoints.load import save_model
+from ldm.checkpoints.textual_inversion import TextualInversion
 from ldm.cli.adapter import app
 from ldm.pipeline import Pipeline, Request
 from tests.checkpoints.families import make
@@ -100,6 +105,7 @@ def test_a_file_of_words_alone(tmp_path: Path) -> None:
         ({"clip_l_out": ONE}, "has clip_l_out; known are"),
         ({"string_to_param.*": torch.ones(1, 2, 3)}, "must be [n, width], not [1, 2, 3]"),
         ({"string_to_param.*": torch.full((1, 3), torch.inf)}, "NaN or infinity, in the word 'zorp'"),
+        ({"string_to_param.*": torch.ones(1, 3, dtype=torch.int32)}, "'zorp' are int32, and must be floating-point"),
     ],
 )
 def test_what_is_no_word_is_refused(tensors: dict[str, Tensor], said: str, tmp_path: Path) -> None:
@@ -109,6 +115,24 @@ def test_what_is_no_word_is_refused(tensors: dict[str, Tensor], said: str, tmp_p
     assert said in str(error.value)
     with pytest.raises(ValueError, match="has a space at an end: 'zorp '"):
         files.read(saved(tmp_path / "b.safetensors", LORA | {"bundle_emb.zorp .emb_params": ONE}))
+
+
+@pytest.mark.parametrize("word", ["a\0b", "a\nb", "x" * 101, "\u00e9" * 51])
+def test_names_that_no_file_can_have_are_refused(word: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.safetensors", LORA | {f"bundle_emb.{word}.emb_params": ONE})
+    with pytest.raises(ValueError, match=r"a\.safetensors brings a word that cannot be printed or is over 100 bytes"):
+        files.read(path)
+    kept = {f"bundle_emb.{'x' * 100}.emb_params": ONE}
+    assert list(files.read(saved(tmp_path / "b.safetensors", LORA | kept)).words) == ["x" * 100]
+
+
+def test_a_file_with_one_word_in_upper_and_in_lower_case_is_refused(tmp_path: Path) -> None:
+    """Else which of the two a text encoder learns would be up to their order."""
+    tensors = {"bundle_emb.zorp.emb_params": ONE, "bundle_emb.Zorp.emb_params": ONE + 1}
+    with pytest.raises(
+        ValueError, match=r"a\.safetensors brings the words '(zorp|Zorp)' and '(zorp|Zorp)', which are one"
+    ):
+        files.read(saved(tmp_path / "a.safetensors", LORA | tensors))
 
 
 # --- in pictures -------------------------------------------------------------------------------------------------
@@ -186,6 +210,39 @@ def test_an_adapter_that_is_always_on_keeps_its_word(pipeline: Pipeline) -> None
     assert learned_words(pipeline.text) == ("zorp",)
 
 
+def test_a_word_that_does_not_go_with_another_changes_nothing(folder: Path) -> None:
+    """The pipeline draws on as before: with what was on, and under the names that were known."""
+    pipeline = small()
+    pipeline.attach(folder / "glow.safetensors")
+    before, names = pipeline(one("a zorp")), pipeline.adapters
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the word 'Zorp' is brought twice, with different vectors"):
+            pipeline.attach(folder / "rival.safetensors")
+    assert pipeline.adapters == names and list(attached(pipeline.library.components)) == ["glow"]
+    assert torch.equal(pipeline(one("a zorp")), before)
+
+
+@pytest.mark.parametrize("others", [None, OTHER])
+def test_a_word_that_others_forget_is_taught_again(pipeline: Pipeline, others: Tensor | None) -> None:
+    """Its own, or that of others, for which it was left out: with the adapter on, the picture is the adapter's."""
+    expected = pipeline(one("a zorp <lora:glow>"))
+    if others is not None:
+        teach(pipeline.text, "zorp", others)
+    pipeline.attach(pipeline.adapters["glow"])
+    forget(pipeline.text, "zorp")
+    assert torch.equal(pipeline(one("a zorp")), expected)
+    pipeline.library.use(())
+    assert learned_words(pipeline.text) == ("zorp",)
+
+
+def test_words_are_known_without_their_adapters_meanwhile(pipeline: Pipeline) -> None:
+    teach(pipeline.text, "pling", ZORP)
+    with pipeline.library.teaching((("glow", 1.0), ("ink", 1.0))):
+        assert pipeline.text.words.vectors["pling"] is ZORP and torch.equal(pipeline.text.words.vectors["zorp"], ZORP)
+        assert not attached(pipeline.library.components)
+    assert learned_words(pipeline.text) == ("pling",)
+
+
 def test_what_others_taught_stays(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     teach(pipeline.text, "Zorp", OTHER)
     with caplog.at_level(logging.WARNING):
@@ -227,7 +284,7 @@ def test_the_two_encoders_of_sdxl_learn_a_word_together(tmp_path: Path) -> None:
 
 
 def test_words_that_cannot_be_are_refused_before_any_work(pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="two adapters bring the word 'Zorp', with different vectors"):
+    with pytest.raises(ValueError, match="the word 'Zorp' is brought twice, with different vectors"):
         pipeline.stream(one("a zorp <lora:glow><lora:rival>"))
     adapter = files.read(pipeline.adapters["glow"], pipeline.library.components)
     for words, said in (
@@ -252,7 +309,7 @@ def test_words_go_with_the_factors(folder: Path) -> None:
     assert same(resize(glow, 1).words, {"zorp": (ZORP,)})
     both = combine([(glow, 0.5), (ink, -1.0), (glow, 2.0)], rank=1)
     assert same(both.words, {"zorp": (ZORP,), "pling": (OTHER,)})
-    with pytest.raises(ValueError, match="two adapters bring the word 'Zorp'"):
+    with pytest.raises(ValueError, match="the word 'Zorp' is brought twice"):
         combine([(glow, 1.0), (rival, 1.0)])
 
 
@@ -291,6 +348,61 @@ def test_verbs_keep_words_or_write_them_beside(tmp_path: Path) -> None:
             found = textual_inversion.read(own / f"{file}.safetensors")
             assert found.word == word and torch.equal(found.vectors[0], vectors)
         assert load_embeddings(make("sd1").components["text"], own / "zorp.safetensors") == ["zorp"]
+    there = {path: path.read_bytes() for path in (tmp_path / "d" / "embeddings").iterdir()}
+    assert "by itself" not in ldm("convert", source, tmp_path / "d" / "again", "--to", "diffusers")  # they are there
+    assert {path: path.read_bytes() for path in (tmp_path / "d" / "embeddings").iterdir()} == there
+    files.write(replace(adapter, words={"a/b": (OTHER + 1,)}), tmp_path / "other.safetensors", "kohya")
     with pytest.raises(ValueError, match=r"a-b\.safetensors, which exists; nothing is overwritten"):
-        ldm("convert", source, tmp_path / "d" / "again", "--to", "diffusers")
-    assert not (tmp_path / "d" / "again").exists()
+        ldm("convert", tmp_path / "other.safetensors", tmp_path / "d" / "third", "--to", "diffusers")
+    assert not (tmp_path / "d" / "third").exists()
+
+
+def test_a_file_of_words_alone_is_called_so(tmp_path: Path) -> None:
+    source = saved(tmp_path / "a.safetensors", {"bundle_emb.zorp.emb_params": ONE})
+    assert ldm("inspect", source).splitlines() == [
+        f"{source}: words alone",
+        "brings the word 'zorp': 3 vectors, 768 wide",
+    ]
+    copy = tmp_path / "b.safetensors"
+    assert ldm("convert", source, copy, "--to", "kohya") == f"{copy}: words alone\n"
+    assert same(files.read(copy).words, {"zorp": (ONE,)})
+    for to in ("diffusers", "peft"):
+        with pytest.raises(ValueError, match=f"the adapter changes no layer: there is nothing in it that {to} has"):
+            ldm("convert", source, tmp_path / to, "--to", to)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors"}
+
+
+def test_a_models_own_word_is_kept(tmp_path: Path) -> None:
+    """A model folder with a word beside its weights: merged it goes to a file, extracted into the adapter."""
+    model = make("sd1")
+    torch.manual_seed(0)
+    for name, own in (("base", False), ("tuned", True)):
+        with commit(tmp_path / name) as stage:
+            save_model(stage, model.components, model.settings, name)
+            if own:
+                save_word(TextualInversion("Zorp", (ZORP,)), stage / textual_inversion.WORD)
+        sites(model.components["denoiser"])["down.0.layers.0.attention.blocks.0.attn2.to_k"].data += 0.1
+    ldm("extract", tmp_path / "tuned", tmp_path / "base", tmp_path / "a.safetensors", "--rank", 1)
+    adapter = files.read(tmp_path / "a.safetensors", {name: model.components[name] for name in ("denoiser", "text")})
+    assert same(adapter.words, {"Zorp": (ZORP,)}) and adapter.parts
+    files.write(replace(adapter, words={"pling": (OTHER,)}), tmp_path / "b.safetensors", "kohya")
+    (tmp_path / "m").mkdir()
+    said = ldm("merge", tmp_path / "tuned", tmp_path / "b.safetensors", "--out", tmp_path / "m" / "out")
+    assert "Zorp.safetensors: the word 'Zorp' by itself" in said and "pling.safetensors: the word 'pling'" in said
+    text = make("sd1").components["text"]
+    assert load_embeddings(text, tmp_path / "m" / "embeddings") == ["zorp", "pling"]
+    assert torch.equal(text.words.vectors["zorp"], ZORP)
+    files.write(replace(adapter, words={"zorp": (OTHER,)}), tmp_path / "c.safetensors", "kohya")
+    with pytest.raises(ValueError, match="the word 'zorp' is brought twice, with different vectors"):
+        ldm("merge", tmp_path / "tuned", tmp_path / "c.safetensors", "--out", tmp_path / "m" / "other")
+
+
+def test_two_files_of_one_word_with_equal_vectors_are_one(tmp_path: Path) -> None:
+    """What a run shares with other programs holds its word twice."""
+    text = small().text
+    textual_inversion.write(TextualInversion("zorp", (ZORP,)), tmp_path / "zorp.safetensors", "native")
+    textual_inversion.write(TextualInversion("Zorp", (ZORP,)), tmp_path / "learned_embeds.safetensors", "diffusers")
+    assert load_embeddings(text, tmp_path) == ["zorp"] and torch.equal(text.words.vectors["zorp"], ZORP)
+    textual_inversion.write(TextualInversion("zorp", (ZORP[:1],)), tmp_path / "z.safetensors", "diffusers")
+    with pytest.raises(ValueError, match="both teach the word 'zorp', with different vectors"):
+        load_embeddings(text, tmp_path)

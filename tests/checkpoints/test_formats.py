@@ -18,6 +18,7 @@ from ldm.checkpoints.layouts import scheduler, unet_config
 from ldm.checkpoints.load import load_model, save_model
 from ldm.checkpoints.model import LoadedModel, config_of
 from ldm.models.text import TextEncoder
+from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from tests.checkpoints.families import OPEN_CLIP, SMALL, make, text_to_image
 
@@ -540,6 +541,18 @@ def test_the_refiner_is_known_by_the_width_of_what_it_is_told(tmp_path: Path) ->
     diffusers.write(make("refiner"), tmp_path / "folder")
     index = json.loads((tmp_path / "folder/model_index.json").read_text())
     assert index["requires_aesthetics_score"] and index["text_encoder"] == [None, None]
+
+
+@pytest.mark.parametrize(("family", "which"), [("refiner", "a lone text encoder"), ("sdxl", "a pair of text encoders")])
+def test_sdxls_text_encoders_beside_a_unet_without_sizes_are_refused(family: str, which: str, tmp_path: Path) -> None:
+    """diffusers opens such a folder as SDXL, and fails in the first drawing: it computes the sizes' embedding."""
+    model = make(family)
+    width = model.components["denoiser"].config.context_dim
+    plain = make("sd1").components["denoiser"].config
+    model.components["denoiser"] = UNet(replace(plain, context_dim=width))
+    with pytest.raises(ValueError, match=f"cannot hold {which} .*beside a U-Net that is told no sizes"):
+        diffusers.write(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def test_what_a_format_does_not_keep_is_said(tmp_path: Path) -> None:

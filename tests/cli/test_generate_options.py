@@ -100,6 +100,21 @@ def test_a_grid_of_an_adapters_weight(tmp_path):
         assert again.read_bytes() == path.read_bytes()
 
 
+def test_the_word_of_an_adapter_counts_as_its_vectors(tmp_path):
+    """Of nine characters that are five tokens by themselves, it is two vectors: where its adapter is on."""
+    denoiser = small().denoiser
+    name, weight = next((n, w) for n, w in sites(denoiser).items() if n.endswith("attn2.to_q"))
+    factors = {"down": torch.ones(1, weight.shape[1]), "up": torch.ones(len(weight), 1), "alpha": torch.tensor(1.0)}
+    words = {"xqzorpvwk": (torch.ones(2, 16),)}
+    adapter = Adapter({"denoiser": {name: factors}}, {"denoiser": ("unet", denoiser.config)}, words=words)
+    write(adapter, tmp_path / "glow.safetensors", "native")
+    prompts = ("a xqzorpvwk", "a xqzorpvwk <lora:glow>")
+    options = ("--loras", tmp_path, "--negative", "xqzorpvwk", "--steps", 1, "--out", tmp_path / "out")
+    _, said = generate("plain", *prompts, *options)
+    counts = [line.split("/")[0] for line in said.splitlines() if " tokens" in line]
+    assert counts == ["6", "5", "3"]
+
+
 def test_a_learned_word(tmp_path):
     by_file = one(tmp_path / "a", "a sks cat", "--embeddings", "words/sks.safetensors")
     by_folder = one(tmp_path / "b", "a sks cat", "--embeddings", "words")

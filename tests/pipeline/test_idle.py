@@ -32,6 +32,16 @@ def test_what_does_nothing_at_guidance_1_is_said_once(names, caplog):
     assert (pipeline(request(guidance=3.0, **IDLE[names])) - guided).abs().max() > 1e-3 and not caplog.records
 
 
+def test_what_does_nothing_is_said_once_for_all_that_is_drawn(caplog):
+    """Of a grid not for every cell; and again for other options."""
+    pipeline = small()
+    for asked in (request(guidance=1.0, negative=negative, steps=1) for negative in ("fog", "rain", "fog")):
+        pipeline(asked)
+    assert caplog.messages == ["at guidance 1 these have no effect: the negative prompt"]
+    pipeline(request(guidance=1.0, negative="fog", steps=1, steering=Steering(rescale=0.7)))
+    assert caplog.messages[1:] == ["at guidance 1 these have no effect: the negative prompt, rescale"]
+
+
 def test_the_score_of_a_negative_that_is_not_heard(caplog):
     pipeline, _ = telling()
     drawn = [pipeline(request(guidance=1.0, aesthetic=(6.0, score))) for score in (2.5, 1.0)]
