@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.adapters.adapter import Words
 from ldm.adapters.textual_inversion import equal, room, towers, widths
 from ldm.checkpoints import textual_inversion
-from ldm.checkpoints.textual_inversion import EMBEDDINGS, PAIR, WORD, TextualInversion
+from ldm.checkpoints.textual_inversion import PAIR, WORD, TextualInversion, place_of
 
 PREFIX = "bundle_emb."
 PARAM = ".string_to_param."
@@ -119,7 +119,7 @@ def by_themselves(words: Words, folder: Path) -> dict[Path, TextualInversion]:
     """
     found = {}
     for word, tables in words.items():
-        path = folder / EMBEDDINGS / f"{word.replace('/', '-')}.safetensors"
+        path = place_of(word, folder)
         if _holds(path, word, tables):
             continue
         if path.exists() or path in found:

@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from ldm.adapters.adapter import Adapter
+from ldm.adapters.bundled import word_in
 from ldm.adapters.files import native_tensors, read, record_of
 from ldm.adapters.lora import merge
 from ldm.adapters.textual_inversion import teach
-from ldm.checkpoints import textual_inversion
 from ldm.checkpoints.files import save_tensors
 from ldm.checkpoints.load import base_of, find_model, load_model
 from ldm.checkpoints.model import LoadedModel, cast, weights_sha256
-from ldm.checkpoints.textual_inversion import PAIR, SINGLE, WORD, TextualInversion
+from ldm.checkpoints.textual_inversion import PAIR, SINGLE, TextualInversion
 
 ADAPTER = "adapter.safetensors"
-"""In the model folder of such a run; the file of a word is `WORD`."""
+"""In the model folder of such a run; for the file of a word see `textual_inversion.WORD`."""
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
@@ -73,6 +73,5 @@ def load_tuned(
 
 def _teach(components: Mapping[str, nn.Module], folder: Path) -> None:
     """Teach the text encoder the word in the folder of a model, if there is one."""
-    if (folder / WORD).is_file() and "text" in components:
-        inversion = textual_inversion.read(folder / WORD)
-        teach(components["text"], inversion.word, inversion.vectors)
+    for word, vectors in word_in(folder).items() if "text" in components else ():
+        teach(components["text"], word, vectors)

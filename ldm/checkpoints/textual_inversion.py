@@ -32,6 +32,11 @@ class TextualInversion:
     vectors: tuple[Tensor, ...]
 
 
+def place_of(word: str, folder: Path) -> Path:
+    """Where a word lies by itself below a folder: a file of its name, by which AUTOMATIC1111 and ComfyUI know it."""
+    return folder / EMBEDDINGS / f"{word.replace('/', '-')}.safetensors"
+
+
 def is_one(path: Path) -> bool:
     """Whether `path` is a file of token vectors and nothing else."""
     if not path.is_file() or path.suffix not in FILES:

@@ -232,7 +232,7 @@ def _share(config: "RunConfig") -> None:
     from ldm.training.sharing import chosen, share
 
     task, out, best = _task(config), Path(config.out), chosen(Path(config.out))
-    prior = zip(config.data.paths, config.data.prior or itertools.repeat(False), strict=False)
+    known = config.data.prior or (False,) * len(config.data.paths)
     facts = {
         "sd_model_name": Path(task.model).name,
         "learning_rate": config.optimizer.lr,
@@ -243,7 +243,9 @@ def _share(config: "RunConfig") -> None:
         "mixed_precision": config.precision,
         "seed": config.seed,
         "resolution": f"{config.data.size}x{config.data.size}",
-        "num_train_images": sum(len(ShardReader(path)) for path, known in prior if not known),
+        "num_train_images": sum(
+            len(ShardReader(path)) for path, old in zip(config.data.paths, known, strict=True) if not old
+        ),
     }
     typer.echo(f"chosen: {best}")
     for path in share(out, facts):

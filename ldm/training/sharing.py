@@ -9,13 +9,14 @@ from typing import Any
 
 from ldm.adapters import files
 from ldm.adapters.adapter import Adapter
+from ldm.adapters.bundled import word_in
 from ldm.adapters.facts import metadata
 from ldm.adapters.tuned import ADAPTER
 from ldm.checkpoints import textual_inversion
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.files import newest_valid, sha256
 from ldm.checkpoints.load import base_of
-from ldm.checkpoints.textual_inversion import EMBEDDINGS, WORD, TextualInversion
+from ldm.checkpoints.textual_inversion import TextualInversion
 from ldm.training.state import best_checkpoint
 
 log = logging.getLogger(__name__)
@@ -40,16 +41,15 @@ def share(out: Path, told: Mapping[str, Any]) -> list[Path]:
     base = base_of(checkpoint)
     shutil.rmtree(shared, ignore_errors=True)
     name, written = out.resolve().name, []
-    word = textual_inversion.read(checkpoint / WORD) if (checkpoint / WORD).is_file() else None
+    words = word_in(checkpoint)
     if base is not None and (checkpoint / ADAPTER).is_file():
-        adapter = files.read(checkpoint / ADAPTER)
-        adapter = adapter if word is None else replace(adapter, words={word.word: word.vectors})
+        adapter = replace(files.read(checkpoint / ADAPTER), words=words)
         own = {"title": name, "output_name": name}
         if (model := Path(base["model"])).is_file():
             own["new_sd_model_hash"] = sha256(model)
         written += _share_adapter(adapter, shared, name, metadata(adapter, {**told, **own}))
-    if word is not None:
-        written += _share_word(word, shared)
+    for word, vectors in words.items():
+        written += _share_word(TextualInversion(word, vectors), shared)
     if written or base is None:
         return written
     target = shared / "diffusers"
@@ -64,9 +64,8 @@ def share(out: Path, told: Mapping[str, Any]) -> list[Path]:
 
 
 def _share_word(inversion: TextualInversion, shared: Path) -> list[Path]:
-    """For AUTOMATIC1111 and ComfyUI, whose folder of words has that name, and for diffusers."""
-    name = inversion.word.replace("/", "-")
-    places = {"native": shared / EMBEDDINGS / f"{name}.safetensors"}
+    """For AUTOMATIC1111 and ComfyUI, and for diffusers."""
+    places = {"native": textual_inversion.place_of(inversion.word, shared)}
     places["diffusers"] = shared / "diffusers" / "learned_embeds.safetensors"
     for dialect, path in places.items():
         textual_inversion.write(inversion, path, dialect)
@@ -81,7 +80,9 @@ def _share_adapter(adapter: Adapter, shared: Path, name: str, strings: Mapping[s
     written = []
     for dialect, path in places.items():
         try:
-            alone = dialect == "diffusers" or any("." in word for word in adapter.words)  # in names a dot parts
+            alone = dialect not in files.WITH_WORDS or any(
+                "." in word for word in adapter.words
+            )  # in names a dot parts
             files.write(replace(adapter, words={}) if alone else adapter, path, dialect, strings)
         except ValueError as error:  # layers, or a whole network, that other programs do not have
             log.warning("%s: programs that read %s cannot read this adapter", error, dialect)
